@@ -8,8 +8,8 @@ from typing import Any
 from modules.script_callbacks import on_app_started, on_script_unloaded, on_ui_settings, on_ui_tabs
 
 from lib_lora_train import api
-from lib_lora_train.host.a1111.allowed_paths import add_option
-from lib_lora_train.host.a1111.host import HOST, about, api_access
+from lib_lora_train.host.webui.allowed_paths import add_option
+from lib_lora_train.host.webui.host import HOST, about, api_access
 from lib_lora_train.run.runner import RUNNER
 from lib_lora_train.ui.layout import build_tab
 

@@ -238,9 +238,11 @@ def settings_list() -> list[dict[str, Any]]:
 
 
 def model_text(checkpoint: Checkpoint) -> str:
-    """One line: "base: dreamshaper_8 [879db523c3] · SD1 · VAE: baked"."""
+    """One line: "base: dreamshaper_8 [879db523c3] · SD1 · VAE: baked"; of one that cannot be trained, why."""
     short_hash = f" [{checkpoint.sha256[:10]}]" if checkpoint.sha256 else ""
     known = FAMILIES.get(checkpoint.family)
+    if checkpoint.refusal:
+        return f"base: {checkpoint.name}{short_hash} · {checkpoint.refusal}"
     family = known.title if known else "this kind of model cannot be trained"
     return f"base: {checkpoint.name}{short_hash} · {family} · VAE: {checkpoint.vae_name or 'baked'}"
 

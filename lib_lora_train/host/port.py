@@ -33,7 +33,8 @@ def never() -> bool:
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """Which model a host holds. `family` is the name of one of `FAMILIES`, "" where it is none of them; hashes are "" where
-    the host has not computed them. `legacy_hash` is the sha256 of 64 KiB at 1 MiB, 8 digits."""
+    the host has not computed them. `legacy_hash` is the sha256 of 64 KiB at 1 MiB, 8 digits. `refusal` is why it cannot be
+    trained, one sentence; "" where that is not known before it is tried."""
 
     name: str
     title: str
@@ -41,6 +42,7 @@ class Checkpoint:
     sha256: str = ""
     legacy_hash: str = ""
     vae_name: str = ""
+    refusal: str = ""
 
 
 @dataclasses.dataclass(eq=False)

@@ -25,8 +25,8 @@ class TagOptions:
         0.35, "Threshold", "How sure a tagger must be of a tag. Lower finds more and errs more.", minimum=0, maximum=1,
         step=0.05, in_view=True)
     character_threshold: float = setting(
-        0.85, "Character threshold", "How sure a tagger must be of a character's name.", minimum=0, maximum=1, step=0.05,
-        in_view=True)
+        0.85, "Character threshold", "How sure a tagger must be of a character's name. Lower finds more and errs more.",
+        minimum=0, maximum=1, step=0.05, in_view=True)
     undesired_tags: str = setting(
         "", "Unwanted tags", "Tags that are never added, separated by commas.", in_view=True)
     character_tags: bool = setting(True, "Character names", "Add the names of characters that are recognised.")

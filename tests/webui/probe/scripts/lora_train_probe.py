@@ -53,7 +53,7 @@ def model() -> dict[str, Any]:
 
 def lent() -> dict[str, Any]:
     """What the host lends, and whether it is the WebUI's own memory."""
-    from lib_lora_train.host.a1111.host import HOST
+    from lib_lora_train.host.webui.host import HOST
 
     sd_model = sd_models.model_data.sd_model
     own = {_storage(tensor) for tensor in sd_model.state_dict(keep_vars=True).values()}
@@ -77,7 +77,7 @@ def parity(name: str = Body(""), prompt: str = Body(""), multiplier: float = Bod
     from lib_lora_train.adapters import file
     from lib_lora_train.adapters.network import AdapterNetwork
     from lib_lora_train.adapters.targets import find_targets
-    from lib_lora_train.host.a1111.host import HOST
+    from lib_lora_train.host.webui.host import HOST
 
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(3, 4, 16, 24, generator=generator)
@@ -119,7 +119,7 @@ def lora(name: str) -> dict[str, Any]:
 def sample(prompt: str = Body(""), negative_prompt: str = Body(""), width: int = Body(64), height: int = Body(64),
            steps: int = Body(4), cfg_scale: float = Body(7.0), seed: int = Body(1)) -> dict[str, str]:
     """An image by our own sampler on the leased model, as base64 of a PNG."""
-    from lib_lora_train.host.a1111.host import HOST
+    from lib_lora_train.host.webui.host import HOST
     from lib_lora_train.model.sampler import SampleRequest, sample_batch, to_image
 
     request = SampleRequest(prompt, negative_prompt, width, height, steps, cfg_scale, seed)
@@ -134,8 +134,8 @@ def render(prompt: str = Body(""), negative_prompt: str = Body(""), width: int =
            count: int = Body(1), checkpoint: str = Body(""), leased: bool = Body(False)) -> dict[str, Any]:
     """What the host renders, as base64 of PNGs; `error` where it refuses. `leased`: while the model is leased."""
     from lib_lora_train.errors import LoraTrainError
-    from lib_lora_train.host.a1111.host import HOST
     from lib_lora_train.host.port import RenderRequest
+    from lib_lora_train.host.webui.host import HOST
 
     request = RenderRequest(prompt, negative_prompt, width, height, steps, cfg_scale, seed, sampler, count, checkpoint)
     try:
@@ -147,7 +147,7 @@ def render(prompt: str = Body(""), negative_prompt: str = Body(""), width: int =
 
 def tokens(text: str = Body("", embed=True)) -> dict[str, Any]:
     """Our tokens of a text, and the WebUI's, chunk by chunk."""
-    from lib_lora_train.host.a1111.host import HOST
+    from lib_lora_train.host.webui.host import HOST
 
     with HOST.lease() as borrowed:
         ours = _frozen(borrowed).text.tokenize(text).encoders[0]
@@ -176,7 +176,7 @@ def fail(step: int = Body(1, embed=True)) -> dict[str, str]:
 
 def inject(place: str = Body(""), fault: str = Body("")) -> dict[str, str]:
     """Let a place of tests/injection.py fail once, until `heal`."""
-    from lib_lora_train.host.a1111.host import HOST
+    from lib_lora_train.host.webui.host import HOST
 
     chosen = next(one for one in injection.PLACES if one.name == place)
     _healing.append(injection.inject(chosen, injection.FAULTS[fault], HOST))
@@ -246,9 +246,9 @@ def pretend_card() -> dict[str, str]:
     memory.parts_not_needed = lambda *arguments, **named: frozenset({"vae", "text"})
 
     def lies_where(doing: str) -> None:
-        from lib_lora_train.host.a1111 import model as model_module
+        from lib_lora_train.host.webui.host import HOST
 
-        tensors = model_module.collect(sd_models.model_data.sd_model)
+        tensors = HOST.access.collect(sd_models.model_data.sd_model)
         _places[doing].append([part for part in placement.PREFIXES if all(
             card.device_of(tensor) == card.cpu for tensor in placement.tensors_of(tensors, {part}))])
 
@@ -318,7 +318,7 @@ def put_back() -> dict[str, str]:
 
 def refresh() -> dict[str, str]:
     """Let the host renew the list of LoRAs, while nothing is lent."""
-    from lib_lora_train.host.a1111.host import HOST
+    from lib_lora_train.host.webui.host import HOST
 
     HOST.refresh_loras()
     return {}
@@ -339,7 +339,7 @@ def state() -> dict[str, bool]:
 def refusals() -> dict[str, str]:
     """What the host says to models and switches that it cannot train with, each pretended for a moment."""
     from lib_lora_train.errors import LoraTrainError
-    from lib_lora_train.host.a1111.host import HOST
+    from lib_lora_train.host.webui.host import HOST
 
     sd_model = sd_models.model_data.sd_model
     unet = sd_model.model.diffusion_model
@@ -370,7 +370,7 @@ def captioners() -> dict[str, Any]:
     """What the host captions with, what of it is missing, and where each of the WebUI's own models lies."""
     from modules import deepbooru
 
-    from lib_lora_train.host.a1111.host import HOST
+    from lib_lora_train.host.webui.host import HOST
     from lib_lora_train.tagging.sources import sources
 
     blip, danbooru = shared.interrogator.blip_model, deepbooru.model.model
@@ -382,7 +382,7 @@ def captioners() -> dict[str, Any]:
 def describe(name: str = Body(""), images: tuple[str, ...] = Body(()), threshold: float = Body(0.5)) -> dict[str, Any]:
     """What a captioner of the host says of images; `error` where it cannot be opened, `busy` for the queue meanwhile."""
     from lib_lora_train.errors import LoraTrainError
-    from lib_lora_train.host.a1111.host import HOST
+    from lib_lora_train.host.webui.host import HOST
     from lib_lora_train.tagging.options import TagOptions
     from lib_lora_train.tagging.sources import find_source, sources
 

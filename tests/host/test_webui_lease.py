@@ -25,7 +25,7 @@ from tests.pretended_card import CPU, PretendedCard
 
 CARD = torch.device("meta")  # a device that torch can name on any machine
 PARTS = {"unet": "model.diffusion_model", "vae": "first_stage_model", "text": "cond_stage_model"}
-NAMES = ("host", "lease", "loras", "model", "progress", "render")
+NAMES = ("a1111", "host", "lease", "loras", "progress", "render")
 
 
 class Card(PretendedCard):
@@ -93,19 +93,20 @@ def webui(card: Card, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespa
         shared=SimpleNamespace(sd_model=sd_model, state=state,
                                opts=SimpleNamespace(CLIP_stop_at_last_layers=1, comma_padding_backtrack=20)))
     monkeypatch.setitem(sys.modules, "modules", modules)
-    lease = importlib.import_module("lib_lora_train.host.a1111.lease")
+    lease = importlib.import_module("lib_lora_train.host.webui.lease")
+    a1111 = importlib.import_module("lib_lora_train.host.webui.a1111")
     monkeypatch.setattr(lease, "detect", nothing)  # it is no Stable Diffusion
     for name, answer in (("hints", Hints()), ("describe", None), ("tokenizers", None)):
-        monkeypatch.setattr(lease.model, name, lambda _, answer=answer: answer)
-    yield SimpleNamespace(lease=lease, sd_model=sd_model, lock=lock, processing=processing, state=state,
+        monkeypatch.setattr(a1111, name, lambda _, answer=answer: answer)
+    yield SimpleNamespace(lease=lease, access=a1111, sd_model=sd_model, lock=lock, processing=processing, state=state,
                           misplaced=placement.MisplacedTensors(), shown=lambda: bool(state.job or pending or running))
     for name in NAMES:
-        sys.modules.pop(f"lib_lora_train.host.a1111.{name}", None)
-        vars(sys.modules["lib_lora_train.host.a1111"]).pop(name, None)
+        sys.modules.pop(f"lib_lora_train.host.webui.{name}", None)
+        vars(sys.modules["lib_lora_train.host.webui"]).pop(name, None)
 
 
 def new_lease(webui: SimpleNamespace):
-    return webui.lease.WebUILease(webui.lease.QueueLock(webui.lock), webui.misplaced)
+    return webui.lease.WebUILease(webui.access, webui.lease.QueueLock(webui.lock), webui.misplaced)
 
 
 def on_card(webui: SimpleNamespace, card: Card) -> set[str]:
@@ -132,7 +133,7 @@ def test_what_the_file_says_is_leased_beside_what_the_webui_holds(webui, tmp_pat
     path = tmp_path / "model.safetensors"
     save_file({"ztsnr": torch.zeros(0)}, path, {"modelspec.prediction_type": "v"})
     webui.sd_model.sd_checkpoint_info.filename = str(path)
-    monkeypatch.setattr(webui.lease.model, "hints", lambda _: Hints(prediction_type="epsilon", zero_terminal_snr=False))
+    monkeypatch.setattr(webui.access, "hints", lambda _: Hints(prediction_type="epsilon", zero_terminal_snr=False))
     with (lease := new_lease(webui)).leased():
         hints = lease.hints
     assert (hints.prediction_type, hints.zero_terminal_snr) == ("epsilon", False)  # the WebUI decides
@@ -317,8 +318,8 @@ def host(webui, monkeypatch):
         monkeypatch.setattr(sys.modules["modules"], name, SimpleNamespace(data_path="", models_path=""), raising=False)
     monkeypatch.setattr(sys.modules["modules"].shared, "cmd_opts", SimpleNamespace(lowvram=False), raising=False)
     for name in ("allowed_paths", "captioners"):
-        monkeypatch.setitem(sys.modules, f"lib_lora_train.host.a1111.{name}", ModuleType(name))
-    return importlib.import_module("lib_lora_train.host.a1111.host").WebUIHost()
+        monkeypatch.setitem(sys.modules, f"lib_lora_train.host.webui.{name}", ModuleType(name))
+    return importlib.import_module("lib_lora_train.host.webui.host").WebUIHost()
 
 
 def test_the_webui_is_idle_while_nobody_holds_its_queue_and_asking_does_not_hold_it(webui, host):
@@ -343,9 +344,9 @@ def test_rendering_is_a_generation_in_the_queue(webui, host):
 
 
 def test_a_list_of_loras_that_cannot_be_refreshed_is_logged_and_fails_no_run(webui, host, monkeypatch, caplog):
-    def failing() -> None:
+    def failing(access: object) -> None:
         raise ZeroDivisionError
-    monkeypatch.setattr("lib_lora_train.host.a1111.loras.refresh", failing)
+    monkeypatch.setattr("lib_lora_train.host.webui.loras.refresh", failing)
     host.refresh_loras()
     assert "could not be refreshed" in caplog.text and "ZeroDivisionError" in caplog.text and not webui.lock.locked()
 

@@ -27,12 +27,12 @@ def test_the_settings_page_stands_under_training_also_where_options_know_no_cate
         OptionInfo=OptionInfo, opts=SimpleNamespace(add_option=added.__setitem__),
         cmd_opts=SimpleNamespace(enable_insecure_extension_access=False, listen=False, share=False))
     monkeypatch.setitem(sys.modules, "modules", modules)
-    name = "lib_lora_train.host.a1111.allowed_paths"
+    name = "lib_lora_train.host.webui.allowed_paths"
     try:
         importlib.import_module(name).add_option()
     finally:
         sys.modules.pop(name, None)
-        vars(sys.modules["lib_lora_train.host.a1111"]).pop("allowed_paths", None)
+        vars(sys.modules["lib_lora_train.host.webui"]).pop("allowed_paths", None)
     option = added["lora_train_folders"]
     # "training" is registered in the WebUI's modules/shared_options.py since 1.7.
     assert option.section == ("lora_train", "Train LoRA") and option.category_id == "training"

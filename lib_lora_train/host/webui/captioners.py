@@ -23,8 +23,8 @@ from PIL import Image
 
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import HostError, translated
-from lib_lora_train.host.a1111.queue import QueueLock
 from lib_lora_train.host.port import never
+from lib_lora_train.host.webui.queue import QueueLock
 from lib_lora_train.tagging.captioner import Captioner, CaptionerSource, Description, Tag
 from lib_lora_train.tagging.options import TagOptions
 

@@ -1,8 +1,9 @@
-"""AUTOMATIC1111's WebUI as the host: the model comes from its memory, the result goes to its LoRA folder.
+"""A WebUI as the host: the model comes from its memory, the result goes to its LoRA folder.
 
     host.py           the host: what is loaded, its folders, its display
     lease.py          one lease: set up, yielded to others in between, released
-    model.py          the model: tensors by reference, hints, tokenizers; on which device; whether it changed
+    model_access.py   what differs between the WebUIs: where the model is; whether it changed
+    a1111.py          … in AUTOMATIC1111
     loras.py          the built-in Lora extension: its LoRAs out of the weights, its list renewed
     render.py         the WebUI's own text-to-image
     allowed_paths.py  the folders a run may touch while others reach the WebUI
@@ -10,7 +11,7 @@
     queue.py          a place in the WebUI's queue
     progress.py       the WebUI's own progress display and stop buttons
 
-Importable inside the WebUI only. Written for v1.10.1.
+Importable inside a WebUI only.
 
 The host stays in `sys.modules` when "Reload UI" runs the scripts again.
 """
@@ -23,18 +24,18 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from modules import call_queue, launch_utils, paths, sd_models, shared
+from modules import call_queue, launch_utils, paths, shared
 from PIL import Image
 
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import HostError
 from lib_lora_train.events import Event, Saved, Stage, Step
 from lib_lora_train.host import placement
-from lib_lora_train.host.a1111 import allowed_paths, loras, model, render
-from lib_lora_train.host.a1111 import captioners as captioners_module
-from lib_lora_train.host.a1111.lease import WebUILease
-from lib_lora_train.host.a1111.queue import QueueLock
 from lib_lora_train.host.port import Checkpoint, LeasedModel, Outline, RenderRequest, never
+from lib_lora_train.host.webui import allowed_paths, loras, model_access, render
+from lib_lora_train.host.webui import captioners as captioners_module
+from lib_lora_train.host.webui.lease import WebUILease
+from lib_lora_train.host.webui.queue import QueueLock
 from lib_lora_train.settings.allowed_paths import AllowedPaths
 from lib_lora_train.tagging.captioner import CaptionerSource
 
@@ -45,6 +46,7 @@ class WebUIHost:
     """Leases the WebUI's loaded model. At most one lease at a time: the WebUI's own queue sees to that."""
 
     def __init__(self) -> None:
+        self.access = model_access.choose()
         self._lease: WebUILease | None = None
         self._misplaced = placement.MisplacedTensors()
         data, models = Path(paths.data_path), Path(paths.models_path)  # --data-dir, --models-dir
@@ -67,13 +69,15 @@ class WebUIHost:
         return captioners_module.captioners()
 
     def checkpoint(self) -> Checkpoint | None:
-        """What is loaded now. `shared.sd_model` would wait for a model that is being loaded, or load one: not asked."""
-        sd_model = sd_models.model_data.sd_model
-        return None if sd_model is None else model.describe(sd_model)
+        """What is loaded now."""
+        sd_model = self.access.current()
+        return None if sd_model is None else self.access.describe(sd_model)
 
     def outline(self) -> Outline | None:
-        sd_model = sd_models.model_data.sd_model
-        return None if sd_model is None or not model.describe(sd_model).family else model.outline(sd_model)
+        sd_model = self.access.current()
+        if sd_model is None or not self.access.describe(sd_model).family:
+            return None
+        return model_access.outline(self.access, sd_model)
 
     @contextlib.contextmanager
     def lease(self, *, stop: ShouldStop = never) -> Iterator[LeasedModel]:
@@ -81,13 +85,10 @@ class WebUIHost:
 
         LoRAs that were merged are not merged again at the end: the WebUI does so itself at the next generation.
         """
-        if shared.cmd_opts.lowvram:
-            raise HostError(
-                "Training is not possible with --lowvram", why="it keeps the model in pieces outside the GPU's memory",
-                remedy="start the WebUI with --medvram, or without either")
+        self.access.refuse_options()
         if self._lease is not None:
             raise HostError("The model is in use", remedy="wait for the other job to end")
-        self._lease = lease = WebUILease(QueueLock(call_queue.queue_lock), self._misplaced, stop=stop)
+        self._lease = lease = WebUILease(self.access, QueueLock(call_queue.queue_lock), self._misplaced, stop=stop)
         try:
             with lease.leased():
                 yield lease
@@ -98,7 +99,7 @@ class WebUIHost:
         """As a generation of the user, which waits in the queue."""
         if self._leased_here():
             raise HostError("The model is in use", why="this job trains on it", remedy="render before or after it")
-        return render.render(request, stop=stop)
+        return render.render(self.access, request, stop=stop)
 
     def waiting(self) -> bool:
         lease = self._lease
@@ -134,7 +135,7 @@ class WebUIHost:
             lease.version_check.check()
         lease.display.show(event)
         if isinstance(event, Saved):
-            loras.refresh()
+            loras.refresh(self.access)
 
     def refresh_loras(self) -> None:
         """List the LoRA folder anew, and forget everything of the old contents of an overwritten file.
@@ -143,7 +144,7 @@ class WebUIHost:
         """
         try:
             with contextlib.nullcontext() if self._leased_here() else call_queue.queue_lock:
-                loras.refresh()
+                loras.refresh(self.access)
         except Exception:
             log.exception("The WebUI's list of LoRAs could not be refreshed")
 

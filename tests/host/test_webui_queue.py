@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from lib_lora_train.errors import Interrupted
-from lib_lora_train.host.a1111.queue import QueueLock
+from lib_lora_train.host.webui.queue import QueueLock
 
 
 def test_a_free_lock_is_held_inside_and_free_afterwards_whatever_happens():

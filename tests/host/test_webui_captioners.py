@@ -18,7 +18,7 @@ from PIL import Image
 from lib_lora_train.errors import HostError, Interrupted
 from lib_lora_train.tagging.options import TagOptions
 
-NAME = "lib_lora_train.host.a1111.captioners"
+NAME = "lib_lora_train.host.webui.captioners"
 CPU = torch.device("cpu")
 PICTURE = Image.new("RGB", (64, 32), "red")
 
@@ -90,7 +90,7 @@ def webui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNam
     yield SimpleNamespace(captioners=captioners, done=done, lock=lock, models=tmp_path, interrogator=interrogator,
                           danbooru=danbooru, paths=stand_ins["paths"])
     del sys.modules[NAME]
-    del sys.modules["lib_lora_train.host.a1111"].captioners
+    del sys.modules["lib_lora_train.host.webui"].captioners
 
 
 @pytest.fixture(params=[0, 1], ids=["blip", "deepdanbooru"])

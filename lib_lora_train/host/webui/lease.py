@@ -12,20 +12,21 @@ import logging
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
+from typing import Any
 
 import torch
-from modules import sd_models, shared
-from torch import Tensor, nn
+from modules import shared
+from torch import Tensor
 
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import HostError, Interrupted, translated
 from lib_lora_train.events import Report, Stage, Warned
 from lib_lora_train.host import placement
-from lib_lora_train.host.a1111 import loras, model
-from lib_lora_train.host.a1111.progress import ProgressDisplay
-from lib_lora_train.host.a1111.queue import QueueLock
 from lib_lora_train.host.port import LeasedModel, never
+from lib_lora_train.host.webui import loras, model_access
+from lib_lora_train.host.webui.model_access import Identity, ModelAccess, VersionCheck
+from lib_lora_train.host.webui.progress import ProgressDisplay
+from lib_lora_train.host.webui.queue import QueueLock
 from lib_lora_train.model.family import detect
 from lib_lora_train.model.sd.hints_file import with_words_of_file
 
@@ -43,16 +44,17 @@ class WebUILease(LeasedModel):
     thread          that leased it
     """
 
-    def __init__(self, queue: QueueLock, misplaced: placement.MisplacedTensors, *, stop: ShouldStop = never) -> None:
+    def __init__(self, access: ModelAccess, queue: QueueLock, misplaced: placement.MisplacedTensors, *,
+                 stop: ShouldStop = never) -> None:
         """`misplaced` are those of all leases; `stop()` ends each wait for the model."""
-        self.queue, self.display, self._misplaced, self._stop = queue, ProgressDisplay(), misplaced, stop
-        self.version_check: model.VersionCheck | None = None
+        self._access, self.queue, self.display, self._misplaced, self._stop = access, queue, ProgressDisplay(), misplaced, stop
+        self.version_check: VersionCheck | None = None
         self.thread = threading.get_ident()
         self._setup = contextlib.ExitStack()
         self._originals: Mapping[Tensor, torch.device] = {}
         self._places: dict[str, torch.device] = {}  # of the parts that are not just where the WebUI keeps them
         self._checksums: Mapping[str, object] = {}
-        self._identity: model.Identity | None = None
+        self._identity: Identity | None = None
 
     @contextlib.contextmanager
     def leased(self) -> Iterator[None]:
@@ -65,20 +67,23 @@ class WebUILease(LeasedModel):
             with self.display.queued():
                 self.queue.acquire(stop=self._stop)
             self._setup.enter_context(self.display.running())
-            # May load the model, or wait for the thread that loads it at the start.
-            sd_model = shared.sd_model
-            if sd_model is None:
-                raise HostError("No model is loaded", remedy="choose a checkpoint at the top of the page")
-            model.refuse_kind(sd_model)
-            self._set_up(sd_model)
-            super().__init__(
-                self.tensors, with_words_of_file(model.hints(sd_model), Path(sd_model.sd_checkpoint_info.filename)),
-                model.describe(sd_model), self.device, model.tokenizers(sd_model),
-                clip_skip=int(shared.opts.CLIP_stop_at_last_layers),
-                comma_padding_backtrack=int(shared.opts.comma_padding_backtrack))
-            detect(self.tensors, self.hints)
-            self._identity = model.Identity.of(sd_model)
+            self._begin()
             yield
+
+    def _begin(self) -> None:
+        """Lease what the WebUI is set to. With the lock held."""
+        sd_model = self._access.load()
+        if sd_model is None:
+            raise HostError("No model is loaded", remedy="choose a checkpoint at the top of the page")
+        self._access.refuse_kind(sd_model)
+        self._set_up(sd_model)
+        super().__init__(
+            self.tensors, with_words_of_file(self._access.hints(sd_model), model_access.file_of(sd_model)),
+            self._access.describe(sd_model), self.device, self._access.tokenizers(sd_model),
+            clip_skip=int(shared.opts.CLIP_stop_at_last_layers),
+            comma_padding_backtrack=int(shared.opts.comma_padding_backtrack))
+        detect(self.tensors, self.hints)
+        self._identity = self._access.identity(sd_model)
 
     def others_waiting(self) -> bool:
         """Whether a generation, a change of checkpoint or other work waits in the WebUI's queue."""
@@ -89,8 +94,9 @@ class WebUILease(LeasedModel):
 
         If another checkpoint or VAE was chosen, it waits until the leased one is chosen again.
         """
-        self._checksums = self._checksums or model.checksums(self.tensors)
+        self._checksums = self._checksums or model_access.checksums(self.tensors)
         self._restore()
+        self.tensors, self._originals = {}, {}  # the WebUI may want their memory for another model
         if self._misplaced:
             report(Warned(str(_misplaced_error())))
         try:
@@ -121,14 +127,15 @@ class WebUILease(LeasedModel):
         self._setup.enter_context(placement.moved(originals, device, self._misplaced))
         self._places.update(dict.fromkeys(new, device))
 
-    def _set_up(self, sd_model: nn.Module) -> None:
+    def _set_up(self, sd_model: Any) -> None:
         """Without LoRAs, watched for changes. With the lock held; `_restore` undoes it."""
         if not self._misplaced.retry():
             raise _misplaced_error()
-        loras.unmerge(sd_model)
-        self.device, self.tensors = model.device(), model.collect_unused(sd_model)
+        loras.unmerge(self._access, sd_model)
+        self._access.unload(sd_model)
+        self.device, self.tensors = model_access.device(), self._access.collect(sd_model)
         self._originals = {tensor: placement.device_of(tensor) for tensor in self.tensors.values()}
-        self.version_check = model.VersionCheck(sd_model, self.tensors)
+        self.version_check = VersionCheck(self._access, sd_model, self.tensors)
 
     def _restore(self) -> None:
         leased, self.version_check = self.version_check is not None, None
@@ -145,18 +152,12 @@ class WebUILease(LeasedModel):
         """Whether the WebUI holds the leased model, which is then leased again. With the lock held."""
         assert self._identity is not None
         self._setup.enter_context(self.display.running())
-        sd_model = sd_models.model_data.sd_model
-        if sd_model is not None and self._identity.will_return(sd_model):
-            with translated("loading the checkpoint that is trained on again"):
-                sd_model = sd_models.reload_model_weights()
+        sd_model = self._access.restored(self._identity)
         if sd_model is None:
-            raise HostError("The WebUI's model was unloaded while others used it",
-                            remedy="choose the checkpoint again at the top of the page and resume the run")
-        if model.Identity.of(sd_model) != self._identity:
             return False
         self._set_up(sd_model)
-        if model.checksums(self.tensors) != self._checksums:
-            raise model.model_changed()
+        if model_access.checksums(self.tensors) != self._checksums:
+            raise model_access.model_changed()
         places, self._places = self._places, {}
         for device in (placement.CPU, self.device):  # what is on the CPU makes room
             with translated("moving parts of the model to where they were"):
@@ -169,7 +170,7 @@ class WebUILease(LeasedModel):
         self._restore()
         self.queue.release()
         report(Stage(f"Waiting until {self._identity} is chosen again", 0, 0, self.checkpoint.title))
-        while not self._identity.may_be_back():
+        while not self._access.may_be_back(self._identity):
             if self._stop():
                 raise Interrupted("The run was stopped while the WebUI held another model")
             time.sleep(_POLL_SECONDS)
