@@ -22,7 +22,7 @@ from tests.webui.installation import installed
 REPOSITORY = Path(__file__).parents[2]
 EXTENSION_PARTS = ("lib_lora_train", "scripts", "javascript", "localizations", "install.py", "style.css",
                    "style_results.css")
-START_SECONDS = 180
+START_SECONDS = 600
 LOADS_LATER = "--skip-load-model-at-start"
 
 

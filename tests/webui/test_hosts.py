@@ -7,8 +7,10 @@ is before any model was loaded.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 
 from tests.browser import expect, needs_browser, opened_page
 from tests.webui.installation import installed
-from tests.webui.running import LOADS_LATER, WebUI, fill, running, until
+from tests.webui.running import LOADS_LATER, REPOSITORY, WebUI, fill, running, until
 from tests.webui.test_page import Tab
 from tests.webui.test_training import assert_unchanged
 
@@ -176,6 +178,19 @@ def test_the_log_tells_of_no_error_of_ours(webui: WebUI, before: dict[str, Any])
     traces = webui.log.split("Traceback (most recent call last)")[1:]
     ours = [trace for trace in traces if "lib_lora_train" in trace[:5000] and "the probe broke this step" not in trace[:5000]]
     assert ours == []
+
+
+def test_installing_the_extension_changes_nothing_of_the_webuis_environment() -> None:
+    listing = ("import importlib.metadata as m, json; "
+               "print(json.dumps(sorted((d.metadata['Name'], d.version) for d in m.distributions())))")
+
+    def environment() -> str:
+        return subprocess.check_output([installed().python, "-c", listing], text=True)
+
+    before = environment()
+    subprocess.run([installed().python, str(REPOSITORY / "install.py")], cwd=installed().root, check=True, timeout=120,
+                   env={**os.environ, "PYTHONPATH": str(installed().root)})  # as the WebUI runs it
+    assert "torch" in before and environment() == before
 
 
 @pytest.fixture(scope="module")
