@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import mmap
 import os
 import re
-import shutil
-import struct
 import sys
 from pathlib import Path
 
 import torch
 
 from tools import tiny_checkpoint
-from tools.bench.true_size import true_size_checkpoint
 
 _DECLARED_IN = ("modules", "modules_forge", "backend", "ldm_patched/modules")
 # Each as far as the WebUI declares it.
@@ -47,23 +42,10 @@ class Installation:
 
     def write_checkpoint(self, folder: Path, name: str) -> None:
         """NAME.safetensors in `folder`, one of two that this WebUI loads: Stable Diffusion 1 with random weights, "tiny" or
-        "other".
-
-        Where models are known by their size they take 2.1 GB each; WEBUI_MODELS may name a folder that keeps them.
-        """
-        if not self.knows_models_by_size:
-            tiny_checkpoint.write(folder, name=name, seed=("tiny", "other").index(name))
-            return
-        kept = Path(os.environ.get("WEBUI_MODELS", folder.parent / "kept"))
-        for needed in (folder, kept):
-            needed.mkdir(parents=True, exist_ok=True)
-        source = true_size_checkpoint("sd1", kept, dtype=torch.float16)
-        if name == "other":
-            other = kept / "other.safetensors"
-            if not other.is_file():
-                _write_negated(source, other, "model.diffusion_model.out.2.weight")
-            source = other
-        (folder / f"{name}.safetensors").symlink_to(source)
+        "other"."""
+        size = tiny_checkpoint.RECOGNISED if self.knows_models_by_size else tiny_checkpoint.RANDOM
+        tiny_checkpoint.write(folder, name=name, seed=("tiny", "other").index(name), size=size,
+                              dtype=torch.float16 if self.knows_models_by_size else torch.float32)
 
 
 def installed() -> Installation:
@@ -73,15 +55,3 @@ def installed() -> Installation:
     switches = {switch for file in files
                 for switch in re.findall(r'add_argument\(\s*"(--[a-z0-9-]+)"', file.read_text(encoding="utf-8"))}
     return Installation(root, os.environ.get("WEBUI_PYTHON", sys.executable), frozenset(switches))
-
-
-def _write_negated(source: Path, copy: Path, name: str) -> None:
-    """A copy of a file of fp16 tensors in which one has the opposite sign."""
-    part = copy.with_suffix(".part")
-    shutil.copyfile(source, part)
-    with part.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
-        length, = struct.unpack("<Q", content[:8])
-        begin, end = json.loads(content[8:8 + length])[name]["data_offsets"]
-        values = torch.frombuffer(bytearray(content[8 + length + begin:8 + length + end]), dtype=torch.float16)
-        content[8 + length + begin:8 + length + end] = (-values).numpy().tobytes()
-    part.replace(copy)
