@@ -79,6 +79,13 @@ class WebUIHost:
             return None
         return model_access.outline(self.access, sd_model)
 
+    def select(self, title: str) -> None:
+        """As a user who chooses it, in the queue."""
+        if self._leased_here():
+            raise HostError("The model is in use", why="this job trains on it", remedy="choose it before or after")
+        with QueueLock(call_queue.queue_lock).held():
+            self.access.select(title)
+
     @contextlib.contextmanager
     def lease(self, *, stop: ShouldStop = never) -> Iterator[LeasedModel]:
         """Wait in the WebUI's queue, then lease the model, without LoRAs and on the device, until the block is left.
