@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import runpy
 import sys
@@ -20,11 +21,12 @@ from lib_lora_train.errors import HostError, ModelError
 from lib_lora_train.events import Stage
 from lib_lora_train.host import placement
 from lib_lora_train.model import frozen
+from lib_lora_train.model.family import FAMILIES
+from tests.model import small_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "lib_lora_train.host.webui"
 CPU = torch.device("cpu")
-SPECIAL = SimpleNamespace(id_start=1, id_end=2, comma_token=None, tokenize=lambda texts: [[3] for _ in texts])
 
 
 def tree(tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -74,33 +76,48 @@ class Objects(SimpleNamespace):
         return Objects(**vars(self))
 
 
-def engine_of(checkpoint: Mapping[str, Tensor], *, kind: str = "StableDiffusion", **flags: bool) -> Any:
-    """backend.diffusion_engine.sd15.StableDiffusion, or what is called `kind`."""
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): tensor for name, tensor in checkpoint.items() if name.startswith(prefix)}
+ENGINES = {"sd1": ("StableDiffusion", ["clip_l"]), "sd2": ("StableDiffusion2", ["clip_h"]),
+           "sdxl": ("StableDiffusionXL", ["clip_l", "clip_g"])}
 
-    unet, vae, clip = (tree(part(prefix)) for prefix in ("model.diffusion_model.", "first_stage_model.", "cond_stage_model."))
-    vae.scaling_factor = 0.18215
-    clip.transformer.config = SimpleNamespace(num_attention_heads=2, hidden_act="gelu", num_hidden_layers=2)
-    # What an engine has, and a checkpoint has not: never written, so of any value.
-    clip.transformer.text_projection = tree({"weight": torch.full((4, 4), torch.nan)})
-    clip.logit_scale = nn.Parameter(torch.tensor(torch.nan))
-    embeddings = clip.transformer.text_model.embeddings
+
+def engine_of(checkpoint: Mapping[str, Tensor], *, family: str = "sd1", kind: str = "") -> Any:
+    """backend.diffusion_engine.sd15.StableDiffusion, that of another family, or what is called `kind` instead."""
+    unet, vae, texts = FAMILIES[family].parts(checkpoint)
+    name, parts = ENGINES[family]
+    encoders = nn.Module()
+    for part, text in zip(parts, texts, strict=True):
+        encoders.add_module(part, encoder_of(text, part))
+    engine = type(kind or name, (), {f"is_{family}": not kind})()
+    engine.forge_objects_original = bare = Objects(
+        unet=Patcher(nn.Module()), clip=SimpleNamespace(cond_stage_model=encoders, patcher=Patcher(encoders)),
+        vae=SimpleNamespace(first_stage_model=tree(vae)))
+    bare.vae.first_stage_model.scaling_factor = FAMILIES[family].latent_scale
+    bare.unet.model.diffusion_model = tree(unet)
+    bare.unet.model.predictor = SimpleNamespace(prediction_type="epsilon", alphas_cumprod=torch.linspace(0.99, 0.01, 1000))
+    engine.model_config = SimpleNamespace(ztsnr=False)
+    for part, end in zip(parts, ["_l", "_g"] if len(parts) > 1 else [""], strict=True):
+        setattr(engine, f"text_processing_engine{end}", SimpleNamespace(
+            text_encoder=getattr(encoders, part), id_start=1, id_end=2, comma_token=None, tokenize=lambda texts: [[3]]))
+    return engine
+
+
+def encoder_of(text: Mapping[str, Tensor], part: str) -> nn.Module:
+    """backend.nn.clip.IntegratedCLIP. SD2's last layer is left out: its output is not used."""
+    layers = 1 + max(int(name.split(".")[3]) for name in text if ".layers." in name)
+    if part == "clip_h":
+        layers -= 1
+        text = {name: tensor for name, tensor in text.items() if f".layers.{layers}." not in name}
+    encoder = nn.Module()
+    encoder.transformer = tree(text)
+    encoder.transformer.config = SimpleNamespace(num_attention_heads=2, hidden_act="gelu", num_hidden_layers=layers)
+    if part != "clip_g":  # made for each encoder, and never written where the checkpoint has none
+        encoder.transformer.text_projection = tree({"weight": torch.full((4, 4), torch.nan)})
+    encoder.logit_scale = nn.Parameter(torch.tensor(torch.nan))
+    embeddings = encoder.transformer.text_model.embeddings
     wrapper = nn.Module()
     wrapper.weight, wrapper.wrapped = embeddings.token_embedding.weight, embeddings.token_embedding
     embeddings.token_embedding = wrapper
-    engine = type(kind, (), {"is_sd1": kind == "StableDiffusion", **flags})()
-    predictor = SimpleNamespace(prediction_type="epsilon", alphas_cumprod=torch.linspace(0.99, 0.01, 1000))
-    encoders = nn.Module()
-    encoders.clip_l = clip
-    engine.forge_objects_original = Objects(
-        unet=Patcher(nn.Module()), clip=SimpleNamespace(cond_stage_model=encoders, patcher=Patcher(encoders)),
-        vae=SimpleNamespace(first_stage_model=vae))
-    engine.forge_objects_original.unet.model.diffusion_model = unet
-    engine.forge_objects_original.unet.model.predictor = predictor
-    engine.model_config = SimpleNamespace(ztsnr=False)
-    engine.text_processing_engine = SimpleNamespace(text_encoder=clip, **vars(SPECIAL))
-    return engine
+    return encoder
 
 
 def nothing(*_: object, **__: object) -> None:
@@ -183,6 +200,22 @@ def test_what_is_leased_is_the_checkpoint_by_reference_and_can_be_trained_on(for
         model.unet(x, torch.zeros(1), torch.zeros(1, 77, model.architecture.unet.context_dim), None).sum().backward()
         assert x.grad is not None
     assert not forge.lock.locked()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_each_family_computes_what_its_checkpoint_does(forge, family):
+    checkpoint = small_checkpoints.checkpoint(family)
+    engine = engine_of(checkpoint, family=family)
+    hints = dataclasses.replace(small_checkpoints.HINTS[family], text_activations=("gelu",) * len(FAMILIES[family].text))
+    leased, own = (frozen.build(tensors, hints=hints) for tensors in (forge.access.collect(engine), checkpoint))
+    for part, expected in zip((leased.unet, leased.vae), (own.unet, own.vae), strict=True):
+        assert part.tensors.keys() == expected.tensors.keys()
+        assert all(torch.equal(tensor, expected.tensors[name]) for name, tensor in part.tensors.items())
+    ids = [torch.randint(0, 500, (1, 1, 77), generator=torch.Generator().manual_seed(0))] * len(own.text.encoders)
+    condition, expected = leased.text.encode_ids(ids), own.text.encode_ids(ids)
+    assert torch.equal(condition.context, expected.context)
+    assert family != "sdxl" or torch.equal(condition.pooled, expected.pooled)
 
 
 def test_what_it_is_shows_before_it_is_loaded_and_the_lease_loads_it(forge):
