@@ -66,6 +66,11 @@ def trained(tab: Tab, dataset: Path, name: str, *, steps: int = STEPS) -> Path:
     return tab.webui.loras / f"{name}.safetensors"
 
 
+def long_run() -> int:
+    """Steps that take longer than two images."""
+    return 8 if installed().knows_models_by_size else 80
+
+
 def started(tab: Tab, dataset: Path, name: str, *, steps: int = MANY) -> None:
     """A run from the page, in its midst."""
     tab.fill(name, dataset, steps=steps)
@@ -118,11 +123,8 @@ def test_an_overwritten_file_is_read_again(webui: WebUI, before: dict[str, Any],
     tab.part("start").click()
     tab.part("overwrite_it").click()
 
-    def ended() -> bool:
-        status = webui.get("/lora-train/v1/status")
-        return status["run"] != run and status["finished"]
-
-    until(ended, what="the second run ends", seconds=PATIENCE_S)
+    until(lambda: webui.get("/lora-train/v1/status")["run"] != run, what="the second run begins")
+    until(lambda: webui.get("/lora-train/v1/status")["finished"], what="it ends", seconds=PATIENCE_S)
     assert webui.sample(f"{PROMPT} <lora:replaced:1>") not in (old, before["picture"])
     assert_unchanged(webui, before)
 
@@ -147,8 +149,8 @@ def test_an_exception_in_the_midst_changes_nothing_and_is_told(
 
 def test_a_reloaded_page_finds_the_run_and_generates_in_between(
         webui: WebUI, before: dict[str, Any], dataset: Path, tab: Tab) -> None:
-    alone = load_file(trained(tab, dataset, "alone", steps=6))
-    started(tab, dataset, "shared", steps=6)
+    alone = load_file(trained(tab, dataset, "alone", steps=long_run()))
+    started(tab, dataset, "shared", steps=long_run())
     tab.open()
     expect(tab.part("live")).to_contain_text("shared")
     expect(tab.part("start")).to_be_disabled()
@@ -163,8 +165,8 @@ def test_a_reloaded_page_finds_the_run_and_generates_in_between(
 
 def test_a_checkpoint_that_is_switched_in_between_is_not_trained_on(
         webui: WebUI, before: dict[str, Any], dataset: Path, tab: Tab) -> None:
-    alone = load_file(trained(tab, dataset, "single", steps=6))
-    started(tab, dataset, "patient", steps=6)
+    alone = load_file(trained(tab, dataset, "single", steps=long_run()))
+    started(tab, dataset, "patient", steps=long_run())
     webui.post("/sdapi/v1/options", {"sd_model_checkpoint": "other.safetensors"})
     assert webui.sample(PROMPT) != before["picture"]
     webui.post("/sdapi/v1/options", {"sd_model_checkpoint": "tiny.safetensors"})
