@@ -103,7 +103,7 @@
 
         const element = make("div", {},
             make("p", {class: "lts-quiet", id: "lora_train_masks_used", text: translated(studio.MASKS_USED)}),
-            make("div", {class: "lts-line lts-go"}, make("b", {text: picture.name}),
+            make("div", {class: "lts-line lts-go"}, make("b", {translate: "no", text: picture.name}),
                 pills([[false, "Paint"], [true, "Wipe"]], false, (wipe) => {
                     erase = wipe;
                 }, "Brush"), pills(BRUSHES, brush, (size) => {

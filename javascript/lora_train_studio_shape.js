@@ -75,7 +75,7 @@
         function draw() {
             const {selected, shown} = app.view;
             run.disabled = app.working() || !app.scopeSize();
-            run.lastChild.textContent = translated("Crop") + " " + app.scopeWords();
+            run.lastChild.textContent = translated`Crop ${app.scopeWords()}`;
             back.hidden = !shown.pictures.some((picture) => picture.shaped && (!selected.size || selected.has(picture.id)));
             const now = JSON.stringify([[...selected], shown.pictures.slice(0, SAMPLES).map(({id, stamp}) => [id, stamp])]);
             if (now === known) return;
@@ -106,7 +106,7 @@
         app.pictures.show(image, studio.picturePath(picture));
 
         const element = make("div", {},
-            make("div", {class: "lts-line lts-go"}, make("b", {text: picture.name}), pills(SHAPES, 0, (chosen) => {
+            make("div", {class: "lts-line lts-go"}, make("b", {translate: "no", text: picture.name}), pills(SHAPES, 0, (chosen) => {
                 ratio = chosen;
                 if (ratio) fit();
                 show();

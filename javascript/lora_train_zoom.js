@@ -20,6 +20,7 @@ window.loraTrainZoom = function(pictures, translated) {
         onkeydown: keys, onclick: (event) => (event.target === root || event.target === stage) && shut(),
     }, make("div", {class: "lora-train-zoom-head"}, make("div", {class: "lora-train-zoom-words", "aria-live": "polite"}, title, about), close),
     make("div", {class: "lora-train-zoom-body"}, before, stage, after));
+    window.loraTrainLanguage.watch(root);
     let rows = [], at = [0, 0], beside = false, origin = null;
 
     function open(given, row, column, {beside: all = false} = {}) {
