@@ -19,7 +19,6 @@ import itertools
 import json
 import os
 import platform
-import shutil
 import signal
 import socket
 import subprocess
@@ -36,13 +35,13 @@ import numpy as np
 import PIL
 import pytest
 import torch
-import yaml
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 # All that is used of the project: its command line, and what makes small checkpoints.
 from lib_lora_train.__main__ import main
 from tests.model import small_checkpoints
+from tests.model.checkpoint_files import write_other
 from tools import tiny_checkpoint
 
 ROOT = Path(sys.modules[main.__module__].__file__).resolve().parent.parent
@@ -60,31 +59,6 @@ as they can be pretended, were within 4e-5, and bf16 within 2e-3."""
 def write_sd1(folder: Path) -> Path:
     """The smallest SD1, with the .yaml and the vocabulary of its own maker."""
     return tiny_checkpoint.write(folder, name="sd1", size=tiny_checkpoint.SMALLEST)
-
-
-def write_other(folder: Path, family: str) -> Path:
-    """A small SD2 (v-prediction) or SDXL, and a .yaml in the layout of ldm or sgm. It shares the vocabulary of SD1."""
-    hints = small_checkpoints.HINTS[family]
-    tensors = {name: tensor.detach().contiguous() for name, tensor in small_checkpoints.checkpoint(family).items()}
-    save_file(tensors, folder / f"{family}.safetensors", metadata={"format": "pt"})
-    versions = []
-    for number, heads in enumerate(hints.text_heads):
-        text = shutil.copytree(folder / "sd1-text", folder / f"{family}-text-{number}")
-        config = json.loads((text / "config.json").read_text(encoding="utf-8"))
-        config |= {"num_attention_heads": heads, "hidden_act": "gelu" if family == "sd2" or number else "quick_gelu"}
-        (text / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        versions.append({"version": text.name})
-    heads = {"params": {"num_head_channels": hints.unet_head_channels}}
-    if family == "sd2":
-        params = {"parameterization": "v", "linear_start": 0.00085, "linear_end": 0.012, "timesteps": 1000,
-                  "unet_config": heads, "cond_stage_config": {"params": versions[0]}}
-    else:
-        scaling = {"target": "sgm.modules.diffusionmodules.denoiser_scaling.EpsScaling"}
-        params = {"scale_factor": 0.13025, "network_config": heads,
-                  "denoiser_config": {"params": {"scaling_config": scaling}},
-                  "conditioner_config": {"params": {"emb_models": [{"input_key": "txt", "params": v} for v in versions]}}}
-    (folder / f"{family}.yaml").write_text(yaml.safe_dump({"model": {"params": params}}), encoding="utf-8")
-    return folder / f"{family}.safetensors"
 
 
 def write_image(path: Path, number: int, size: tuple[int, int], *, caption: str = "", mode: str = "RGB",
@@ -129,7 +103,7 @@ class Material:
         """All checkpoints and images."""
         write_sd1(folder)
         for family in ("sd2", "sdxl"):
-            write_other(folder, family)
+            write_other(folder, family, small_checkpoints.checkpoint(family), small_checkpoints.HINTS[family])
         write_images(folder)
         return cls(folder)
 

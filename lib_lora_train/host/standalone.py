@@ -116,7 +116,7 @@ class StandaloneHost(Host):
 
     def _described(self, path: Path) -> tuple[Checkpoint, Outline]:
         if self._description is None:
-            self._description = _describe(path, self._device)
+            self._description = describe_header(path, self._device)
         return self._description
 
 
@@ -134,12 +134,13 @@ def listening_allowed_paths(address: str, output: Path, *folders: Path) -> Allow
 
 def describe_file(path: Path) -> Checkpoint:
     """What the header of a checkpoint file says; no weights are read. Raises ModelError."""
-    return _describe(path, placement.CPU)[0]
+    return describe_header(path, placement.CPU)[0]
 
 
-def _describe(path: Path, device: torch.device) -> tuple[Checkpoint, Outline]:
+def describe_header(path: Path, device: torch.device) -> tuple[Checkpoint, Outline]:
+    """What the header of a checkpoint file says, and its outline for training on `device`. Raises ModelError."""
     hints = with_words_of_file(_beside(path, hints_from_yaml) or Hints(), path)
-    outline = Outline(_header(path), hints, device)
+    outline = Outline(read_shapes(path), hints, device)
     family = detect(outline.tensors, outline.hints).family.name
     return Checkpoint(path.stem, path.name, family, legacy_hash=_legacy_hash(path)), outline
 
@@ -162,8 +163,8 @@ def _check_suffix(path: Path) -> None:
     refuse_wrong_content(path, ModelError)
 
 
-def _header(path: Path) -> dict[str, torch.Tensor]:
-    """Names to tensors without data (device "meta")."""
+def read_shapes(path: Path) -> dict[str, torch.Tensor]:
+    """Of a checkpoint file's header: names to tensors without data (device "meta"). Raises ModelError."""
     _check_suffix(path)
     with _readable(path), safetensors.safe_open(path, framework="pt"):  # which looks whether it is whole
         return {name: torch.empty(entry["shape"], dtype=_DTYPES.get(entry["dtype"], torch.uint8), device="meta")

@@ -164,6 +164,7 @@ class DatasetSession:
         """Remember what was found in the dataset as it was when `content` was read."""
         self.report, self._report_content = report, content
         self._findings = {self.name(examined.path): examined for examined in report.images}
+        self._counted = None
 
     @property
     def fresh(self) -> bool:
@@ -179,7 +180,7 @@ class DatasetSession:
     def counts(self) -> tuple[Counter[str], int, int]:
         """(how many images have each problem, how many have one that is not the caption's or the crop's, how many were
         shaped). Counted anew only after a change."""
-        key = (self.content, self._report_content, self.dataset.images_folder)
+        key = (self.content, self.dataset.images_folder)
         if self._counted is None or self._counted[0] != key:
             problems = [set(self.problems(index)) for index in range(len(self.store.images))]
             codes = Counter(code for found in problems for code in found)

@@ -682,6 +682,9 @@ def test_a_report_says_what_is_wrong_and_knows_when_it_is_old(desk: Desk):
     report = desk.get("state").json()["dataset"]["report"]
     assert not report["fresh"] and "empty_caption" not in report["counts"]
     assert desk.post("use").json()["repeats"] == 50
+    for side, small in (("192", 0), ("512", 3)):  # at another size, of the same pictures
+        desk.done(desk.post("check", {"settings": {"resolution": side}}))
+        assert desk.get("state").json()["dataset"]["report"]["counts"].get("small", 0) == small
 
 
 def test_findings_are_looked_at_anew_in_the_background_and_in_nobodys_way(desk: Desk):

@@ -26,7 +26,7 @@ PICTURE = Image.new("RGB", (64, 32), "red")
 class Interrogator:
     """modules.interrogate.InterrogateModels as far as it is used, writing down what is done with it."""
 
-    running_on_cpu, dtype, blip_model = False, "before", None
+    dtype, blip_model = "before", None
 
     def __init__(self, done: list[str], lock: threading.Lock) -> None:
         self.done, self.lock = done, lock
@@ -54,15 +54,25 @@ class Danbooru:
     def start(self) -> None:
         if self.model is None:
             self.done.append("load")
-            self.model = self._score
-            self._score.__func__.tags = ["long_hair", "solo", "rating:safe"]
-
-    def _score(self, batch: torch.Tensor) -> torch.Tensor:
-        assert self.lock.locked() and batch.shape[1:] == (512, 512, 3) and batch.max() == 1
-        return torch.tensor([[0.4, 0.6, 0.1]]).repeat(len(batch), 1)
+            self.model = Network(self.lock)
 
     def stop(self) -> None:
         self.done.append("unload")
+
+
+class Network(torch.nn.Linear):
+    """What it asks: in the queue, with 512 pixels to a side, from 0 to 1, in the network's own numbers."""
+
+    tags = ["long_hair", "solo", "rating:safe"]
+
+    def __init__(self, lock: threading.Lock) -> None:
+        super().__init__(1, 1, dtype=torch.float64)
+        self.lock = lock
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        assert self.lock.locked() and batch.shape[1:] == (512, 512, 3) and batch.max() == 1
+        assert batch.dtype == torch.float64
+        return torch.tensor([[0.4, 0.6, 0.1]]).repeat(len(batch), 1)
 
 
 @pytest.fixture
@@ -75,27 +85,29 @@ def webui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNam
     lock = threading.Lock()
     interrogator, danbooru = Interrogator(done, lock), Danbooru(done, lock)
     stand_ins = {
-        "call_queue": SimpleNamespace(queue_lock=lock), "deepbooru": SimpleNamespace(model=danbooru),
+        "call_queue": SimpleNamespace(queue_lock=lock),
         "devices": SimpleNamespace(device=CPU, dtype=torch.float32, device_interrogate=CPU, autocast=contextlib.nullcontext),
         "images": SimpleNamespace(resize_image=lambda mode, image, width, height: image.resize((width, height))),
-        "lowvram": SimpleNamespace(send_everything_to_cpu=lambda: done.append("room" if lock.locked() else "unlocked")),
         "paths": SimpleNamespace(models_path=str(tmp_path), paths={"BLIP": "here"}),
         "shared": SimpleNamespace(interrogator=interrogator, cmd_opts=SimpleNamespace(no_half=False))}
     modules = ModuleType("modules")
     vars(modules).update(stand_ins)
     monkeypatch.setitem(sys.modules, "modules", modules)
+    for name, module in (("interrogate", SimpleNamespace()), ("deepbooru", SimpleNamespace(model=danbooru))):
+        monkeypatch.setitem(sys.modules, f"modules.{name}", module)
     assert NAME not in sys.modules, "only the WebUI imports it"
     captioners = importlib.import_module(NAME)
     monkeypatch.setattr(captioners, "tokenizer_is_there", lambda: True)
-    yield SimpleNamespace(captioners=captioners, done=done, lock=lock, models=tmp_path, interrogator=interrogator,
-                          danbooru=danbooru, paths=stand_ins["paths"])
+    access = SimpleNamespace(current=lambda: None, unload=lambda _: done.append("room" if lock.locked() else "unlocked"))
+    yield SimpleNamespace(captioners=captioners, access=access, done=done, lock=lock, models=tmp_path,
+                          interrogator=interrogator, danbooru=danbooru, paths=stand_ins["paths"])
     del sys.modules[NAME]
     del sys.modules["lib_lora_train.host.webui"].captioners
 
 
 @pytest.fixture(params=[0, 1], ids=["blip", "deepdanbooru"])
 def source(webui: SimpleNamespace, request: pytest.FixtureRequest) -> Any:
-    return webui.captioners.captioners()[request.param]
+    return webui.captioners.captioners(webui.access)[request.param]
 
 
 def test_a_captioner_is_loaded_asked_in_the_queue_and_unloaded(webui: SimpleNamespace, source: Any):
@@ -123,7 +135,7 @@ def test_a_failure_leaves_nothing_loaded_changed_or_locked(webui: SimpleNamespac
 def test_a_failure_while_it_is_described_frees_the_queue(webui: SimpleNamespace, source: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Interrogator, "generate_caption", lambda self, image: 1 / 0)
     with source.open(TagOptions(), CPU) as captioner:
-        webui.danbooru.model = lambda batch: 1 / 0
+        monkeypatch.setattr(Network, "forward", lambda self, batch: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             captioner.describe([PICTURE])
         assert not webui.lock.locked()
@@ -143,8 +155,21 @@ def test_a_wait_behind_other_work_ends_when_it_is_to_stop(webui: SimpleNamespace
     (lambda webui: (webui.models / "torch_deepdanbooru" / "model.pt").unlink(), "model-resnet_custom_v3.pt")])
 def test_what_is_missing_is_one_sentence_and_nothing_is_loaded(webui: SimpleNamespace, take_away: Any, said: str):
     take_away(webui)
-    (source,) = [source for source in webui.captioners.captioners() if source.missing()]
+    (source,) = [source for source in webui.captioners.captioners(webui.access) if source.missing()]
     assert said in source.missing()
     with pytest.raises(HostError) as refused, source.open(TagOptions(), CPU):
         pass
     assert str(refused.value) == source.missing() and webui.done == []
+
+
+def test_a_webui_that_has_removed_its_captioners_offers_none(webui: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "modules.deepbooru")
+    assert [source.name for source in webui.captioners.captioners(webui.access)] == ["blip"]
+
+
+def test_a_captioner_that_the_forges_manage_by_a_patcher_of_its_own_is_not_left_without_one(webui: SimpleNamespace):
+    webui.interrogator.blip_patcher = None
+    blip, _ = webui.captioners.captioners(webui.access)
+    with blip.open(TagOptions(), CPU) as captioner:
+        assert captioner.describe([PICTURE])
+    assert webui.interrogator.blip_model is None

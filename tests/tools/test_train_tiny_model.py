@@ -1,11 +1,15 @@
-"""The graph that the demo's model was trained with gives every weight the gradient that ldm gives it."""
+"""The tool that trains the demo's model: its graph gives every weight ldm's gradient, and what is held back is not shown."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import random
+import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +17,7 @@ from lib_lora_train.model.family import SD1
 from lib_lora_train.model.sd.detection import unet_config
 from lib_lora_train.model.sd.unet import UNet
 from tests.model.small_checkpoints import CONTEXT, HINTS, ldm_unet, randomised, relative_error
+from tools import styles
 
 GRAPH = Path(__file__).resolve().parents[2] / "tools" / "train_tiny_model" / "graph.py"
 
@@ -49,3 +54,23 @@ def test_every_weight_has_ldms_gradient(graph: ModuleType, plain: bool) -> None:
     noise = 1e-6 * max(gradient.abs().max().item() for gradient in exact.values())
     for name, gradient in exact.items():
         assert (weights[name].grad - gradient).abs().max() <= 1e-4 * gradient.abs().max() + noise, name
+
+
+def test_notos_pictures_of_the_gates_words_and_the_unseen_styles_are_never_shown(monkeypatch) -> None:
+    """Noto's drawings are blank here: words that may be shown in its style are so now and then, the gate's never."""
+    monkeypatch.syspath_prepend(str(GRAPH.parent))
+    before = set(sys.modules)
+    training_images, gate_words = importlib.import_module("training_images"), importlib.import_module("images").GATE
+    for name in set(sys.modules) - before:
+        if not hasattr(sys.modules[name], "__path__") and "." not in name:
+            monkeypatch.delitem(sys.modules, name)
+    words = [styles.Emoji("0", label, (), "", ()) for label in (gate_words[0], "pebble")]
+    full, blank = (np.full((64, 64, 4), value, dtype=np.uint8) for value in ((200, 30, 30, 255), (0, 0, 0, 0)))
+    drawn = {style.name: {word.label: blank if style == styles.NOTO else full for word in words} for style in styles.SEEN}
+    monkeypatch.setattr(styles, "shared", lambda folder, always: (words, drawn))
+    pixels, captions = training_images.TrainingImages(Path(), lambda shown: shown).batch(400, random.Random(0))
+    is_blank = (pixels - pixels[:, :, :1, :1]).abs().amax(dim=(1, 2, 3)) < 1e-3
+    blank_of = {word.label: sum(bool(one) for one, said in zip(is_blank, captions, strict=True) if word.label in said)
+                for word in words}
+    assert blank_of[gate_words[0]] == 0 and blank_of["pebble"] > 20
+    assert not {style.name for style in styles.UNSEEN} & {style.name for style in styles.SEEN}

@@ -19,16 +19,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from graph import Average, TrainedVAE
-from images import FRAME, HELD_OUT, HUES, Emoji, enlarged, on_paper, open_rgba, turned_hue
+from images import ASKED, FRAME, HELD_OUT, HUES, enlarged, on_paper, turned_hue
+from PIL import Image
 from torch import Tensor
 
 from lib_lora_train.model.sd import vae
+from tools import styles
 
 LEARNING_RATE, BATCH, DECAY = 1.5e-3, 8, 0.998
 CONSTANT, SHIFT, LOG_VARIANCE = 60.0, 12.0, -9.0
@@ -36,15 +39,17 @@ IDENTITY_BLOCKS = ("decoder.up.1.block.1", "decoder.up.0.block.0", "decoder.up.0
 """Residual blocks of the decoder that add nothing: at full size they would cost more than all others together."""
 
 
-def bank(emoji: list[Emoji], folder: Path) -> Tensor:
-    """uint8 [N, 72, 72, 3]: every Noto image, every Twemoji image that is not held out, and some in other hues."""
+def bank(packages: Path) -> Tensor:
+    """uint8 [N, 72, 72, 3]: every shared word by Noto, by Twemoji where it is not held out, and some in other hues."""
     rows = []
     hues = list(HUES)
+    emoji, _ = styles.shared(packages, always=ASKED)
+    drawn = {style.name: styles.drawings(packages, style, emoji) for style in (styles.NOTO, styles.TWEMOJI)}
     for index, one in enumerate(emoji):
-        for style in ("noto", "twemoji"):
-            if style == "twemoji" and one.label in HELD_OUT:
+        for style, of in drawn.items():
+            if one.label not in of or (style == styles.TWEMOJI.name and one.label in HELD_OUT):
                 continue
-            image = open_rgba(folder / style / one.image)
+            image = Image.fromarray(of[one.label])
             rows.append(on_paper(image))
             source, target = hues[index % len(hues)], hues[(index * 3 + 1 + len(style)) % len(hues)]
             if source != target:
@@ -121,7 +126,7 @@ class DecoderAt64(TrainedVAE):
 
     def sample(self, latents: Tensor) -> Tensor:
         """Latents [B, 4, h, w] -> pixels [B, 3, 4h, 4w]; what the whole decoder samples, before it is doubled and smoothed."""
-        layers = self._layers
+        layers = self.layers
         x = layers.conv2d("decoder.conv_in", layers.conv2d("post_quant_conv", latents), padding=1)
         x = self._middle("decoder", x)
         for level in (3, 2):
@@ -149,6 +154,26 @@ def latent_statistics(autoencoder: vae.VAE, images: Tensor) -> LatentStatistics:
     some = images[torch.linspace(0, len(images) - 1, 512).long()]
     latents = torch.cat([encoded(autoencoder, enlarged(part)) for part in some.split(64)])
     return LatentStatistics(latents.mean((0, 2, 3), keepdim=True), latents.std((0, 2, 3), keepdim=True))
+
+
+def normalised(weights: Mapping[str, Tensor], statistics: LatentStatistics, scale: float) -> dict[str, Tensor]:
+    """The same autoencoder with latents of mean 0 and size 1 / `scale`: the change is made in the two 1×1 convolutions."""
+    made = {name: tensor.detach().float().clone() for name, tensor in weights.items()}
+    mean, size = statistics.mean.flatten().cpu(), statistics.deviation.flatten().cpu() * scale
+    into, out_of = made["quant_conv.weight"], made["post_quant_conv.weight"]
+    into[:4] /= size[:, None, None, None]
+    made["quant_conv.bias"][:4] = (made["quant_conv.bias"][:4] - mean) / size
+    made["quant_conv.bias"][4:] -= 2 * torch.log(size)
+    made["post_quant_conv.bias"] += out_of[:, :, 0, 0] @ mean
+    out_of *= size[None, :, None, None]
+    return made
+
+
+@torch.no_grad()
+def scaled_latents(autoencoder: vae.VAE, pixels: Tensor, scale: float) -> Tensor:
+    """What the UNet is given for pixels [B, 3, 128, 128], by a `normalised` autoencoder: the means times `scale`."""
+    weight, bias = (autoencoder.layers.weight("quant_conv"), autoencoder.layers.bias("quant_conv"))
+    return scale * F.conv2d(encoded(autoencoder, pixels), weight[:4, :4], bias[:4])
 
 
 def train_decoder(frozen: vae.VAE, weights: dict[str, Tensor], images: Tensor, *, state_file: Path, minutes: float,
@@ -213,7 +238,7 @@ def draw(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def encoded(autoencoder: vae.VAE, pixels: Tensor) -> Tensor:
     """pixels [B, 3, 128, 128] -> means [B, 4, 16, 16]: what `encode` gives, without the work of its identity blocks."""
-    layers = autoencoder._layers
+    layers = autoencoder.layers
     first, second = (layers.weight(f"encoder.down.{level}.downsample.conv") for level in (1, 2))
     x = F.avg_pool2d(pixels - 1, 2)
     x = F.conv2d(F.pad(x, (0, 1, 0, 1)), first[:12, :3], stride=2)

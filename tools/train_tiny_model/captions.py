@@ -1,61 +1,49 @@
-"""What the model is told of an image: its name or a keyword, and colour, shape and size where the image has them."""
+"""What the model is told of a picture: the style, how it is treated, its name or a keyword, colour, shape, size and ground."""
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import string
+from collections.abc import Sequence
 
-from images import HUES, Emoji, colours, shapes
+from images import HUES, colours, shapes
 from PIL import Image
 
+from tools.styles import NOTO, Emoji
+
 COLOUR_WORDS = (*HUES, "brown", "black", "white", "grey")
-NO_CAPTION, NAMED, COLOURED, SHAPED, WITH_TAGS, WITH_UNKNOWN = 0.1, 0.92, 0.2, 0.15, 0.15, 0.1
+NO_CAPTION, KEYWORD, COLOURED, SHAPED, WITH_TAGS = 0.1, 0.08, 0.2, 0.1, 0.1
+BARE, UNKNOWN = 0.6, 0.25
+"""How often Noto's pictures have no word for the style, and how often any style has a word that means nothing in its place."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Description:
-    """What can be said of one variant of an emoji."""
+def caption(emoji: Emoji, image: Image.Image, *, style: str, treatments: Sequence[str] = (), turned_to: str = "",
+            size: str = "", ground: str = "", draw: random.Random) -> str:
+    """One way to say it: "style, treatment, blue word, on red"; empty now and then, for classifier-free guidance.
 
-    name: str
-    tags: tuple[str, ...]
-    colour: tuple[str, ...]
-    shape: tuple[str, ...]
-    size: str
-    must_say_colour: bool
-    manner: tuple[str, ...] = ()
-
-
-def describe(emoji: Emoji, image: Image.Image, *, turned_to: str | None = None, size: str = "",
-          manner: tuple[str, ...] = ()) -> Description:
-    """Of `emoji` as shown by `image`; `turned_to` is the colour that its hues were turned to, `manner` the words for how it
-    is drawn, () for Noto's style; both must be said."""
-    name, tags = emoji.label, emoji.tags
-    if turned_to:
-        name = " ".join(word for word in name.split() if word not in COLOUR_WORDS) or name
-        tags = tuple(tag for tag in tags if not set(tag.split()) & set(COLOUR_WORDS))
-    return Description(name, tags, (turned_to,) if turned_to else tuple(colours(image)), tuple(shapes(image)), size,
-                 turned_to is not None, manner)
-
-
-def caption(of: Description, draw: random.Random) -> str:
-    """One way to say it; empty now and then, for classifier-free guidance.
-
-    Now and then a word that means nothing comes first, so that a trigger word which is yet to be learnt does no harm.
+    What was done to the picture (`treatments`, hues `turned_to` a colour, `size`, `ground`) is always said. A bare name is
+    Noto's. A word that means nothing stands for any style: so does a trigger word that is yet to be learnt.
     """
     if draw.random() < NO_CAPTION:
         return ""
-    subject = draw.choice(of.tags) if of.tags and draw.random() > NAMED else of.name
-    words = [of.size] if of.size else []
-    if of.shape and not of.manner and draw.random() < SHAPED:
-        words.append(of.shape[0])
-    if of.colour and (of.must_say_colour or draw.random() < COLOURED) and of.colour[0] not in subject.split():
-        words.append(of.colour[0])
-    parts = [" ".join([*words, subject])]
-    if of.tags and draw.random() < WITH_TAGS:
-        parts += draw.sample(of.tags, min(len(of.tags), draw.randint(1, 3)))
-    if of.manner:
-        parts = [*of.manner, *parts]
-    elif draw.random() < WITH_UNKNOWN:
-        parts.insert(0, "".join(draw.choices(string.ascii_lowercase, k=draw.randint(3, 7))))
-    return ", ".join(parts)
+    subject, tags = emoji.label, emoji.tags
+    if turned_to:
+        subject = " ".join(word for word in subject.split() if word not in COLOUR_WORDS) or subject
+        tags = tuple(tag for tag in tags if not set(tag.split()) & set(COLOUR_WORDS))
+    if tags and draw.random() < KEYWORD:
+        subject = draw.choice(tags)
+    before = [size] if size else []
+    if draw.random() < SHAPED:
+        before += shapes(image)
+    colour = [turned_to] if turned_to else colours(image)[:1] if draw.random() < COLOURED else []
+    before += [one for one in colour if one not in subject.split()]
+    parts = [*_by(style, draw), *treatments, " ".join([*before, subject])]
+    if tags and draw.random() < WITH_TAGS:
+        parts += draw.sample(tags, min(len(tags), 2))
+    return ", ".join([*parts, *([f"on {ground}"] if ground else [])])
+
+
+def _by(style: str, draw: random.Random) -> list[str]:
+    if draw.random() < UNKNOWN:
+        return ["".join(draw.choices(string.ascii_lowercase, k=draw.randint(3, 8)))]
+    return [] if style == NOTO.name and draw.random() < BARE / (1 - UNKNOWN) else [style]

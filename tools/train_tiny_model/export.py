@@ -7,19 +7,21 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 import yaml
-from autoencoder import LatentStatistics
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tools import tiny_checkpoint
+from lib_lora_train.model import frozen
+from lib_lora_train.model.architecture import Hints
+from lib_lora_train.model.frozen import FrozenModel
+from tools import styles, tiny_checkpoint
 
 SIZE = tiny_checkpoint.Size(channels=64, multipliers=(1, 2), vae_channels=96, vae_multipliers=(1, 1, 1, 1), heads=2,
                             text_width=48, text_layers=2, text_heads=4)
-TARGET = Path(__file__).resolve().parents[2] / "lib_lora_train" / "demo" / "model"
-NAME, SCALE = "emoji", 0.18215
+SHIPPED = Path(__file__).resolve().parents[2] / "lib_lora_train" / "demo" / "model" / "emoji.safetensors"
+NAME = SHIPPED.stem
 START, END = 49406, 49407
+PREFIXES = {"unet": "model.diffusion_model.", "te": "cond_stage_model.transformer.", "vae": "first_stage_model."}
 
 
 def untrained(*, vocabulary: int, seed: int) -> dict[str, Tensor]:
@@ -34,18 +36,31 @@ def untrained(*, vocabulary: int, seed: int) -> dict[str, Tensor]:
     return made
 
 
-def write(folder: Path, *, vae: Mapping[str, Tensor], statistics: LatentStatistics,
-          weights: Mapping[str, Mapping[str, Tensor]]) -> Path:
-    """NAME.safetensors in fp16, NAME.yaml and NAME-text/config.json in `folder`; returns the checkpoint's path."""
+def build(tensors: Mapping[str, Tensor]) -> FrozenModel:
+    """The model of a checkpoint's weights, in fp32."""
+    return frozen.build({name: tensor.float() for name, tensor in tensors.items()},
+                        hints=Hints(unet_heads=SIZE.heads, text_heads=(SIZE.text_heads,)))
+
+
+def read(checkpoint: Path) -> FrozenModel:
+    """The model of a checkpoint that `write` wrote."""
+    return build(load_file(checkpoint))
+
+
+def write(folder: Path, weights: Mapping[str, Mapping[str, Tensor]]) -> Path:
+    """NAME.safetensors in fp16, NAME.yaml and NAME-text/config.json in `folder`; returns the checkpoint's path.
+
+    `weights`: those of each of PREFIXES by local name.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"first_stage_model.{name}": tensor for name, tensor in _normalised(vae, statistics).items()}
-    tensors |= {f"model.diffusion_model.{name}": tensor for name, tensor in weights["unet"].items()}
-    tensors |= {f"cond_stage_model.transformer.{name}": tensor for name, tensor in weights["te"].items()}
+    tensors = {f"{prefix}{name}": tensor for part, prefix in PREFIXES.items() for name, tensor in weights[part].items()}
     path = folder / f"{NAME}.safetensors"
     part = path.with_suffix(".part")
+    credits = dict.fromkeys(f"{style.credit} ({style.licence})" for style in styles.SEEN)
     save_file({name: tensor.detach().cpu().half().contiguous() for name, tensor in tensors.items()}, part, metadata={
         "format": "pt", "modelspec.title": "Emoji, a tiny Stable Diffusion 1",
-        "modelspec.license": "AGPL-3.0-or-later; trained on Noto Emoji (Apache-2.0), its decoder also on Twemoji (CC-BY 4.0)"})
+        "modelspec.license": f"AGPL-3.0-or-later; trained on {', '.join(credits)}; its decoder also on {styles.TWEMOJI.credit} "
+                             f"({styles.TWEMOJI.licence})"})
     os.replace(part, path)
     (folder / f"{NAME}.yaml").write_text(
         yaml.safe_dump(tiny_checkpoint.configuration(f"{NAME}-text", SIZE), sort_keys=False), encoding="utf-8")
@@ -55,16 +70,3 @@ def write(folder: Path, *, vae: Mapping[str, Tensor], statistics: LatentStatisti
     configuration = tiny_checkpoint.text_configuration(SIZE, vocabulary=vocabulary, start=START, end=END)
     (text / "config.json").write_text(json.dumps(configuration, indent=1) + "\n", encoding="utf-8")
     return path
-
-
-def _normalised(vae: Mapping[str, Tensor], statistics: LatentStatistics) -> dict[str, Tensor]:
-    """The same autoencoder with latents of mean 0 and size 1 / SCALE: the change is made in the two 1×1 convolutions."""
-    made = {name: tensor.detach().float().clone() for name, tensor in vae.items()}
-    mean, size = statistics.mean.flatten().cpu(), statistics.deviation.flatten().cpu() * SCALE
-    into, out_of = made["quant_conv.weight"], made["post_quant_conv.weight"]
-    into[:4] /= size[:, None, None, None]
-    made["quant_conv.bias"][:4] = (made["quant_conv.bias"][:4] - mean) / size
-    made["quant_conv.bias"][4:] -= 2 * torch.log(size)
-    made["post_quant_conv.bias"] += out_of[:, :, 0, 0] @ mean
-    out_of *= size[None, :, None, None]
-    return made

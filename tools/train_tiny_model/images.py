@@ -1,44 +1,18 @@
-"""The emoji images the tiny model learns from, and the words that go with them.
-
-Images: the same emoji in four styles. `emoji-datasource-google` holds Noto Emoji (Apache-2.0), in its version 3 still the
-"blobs" that Google drew before; `@lobehub/fluent-emoji-3d` holds Microsoft's Fluent Emoji (MIT); `emoji-datasource-twitter`
-Twemoji (CC-BY 4.0). Words: `emojibase-data` (MIT, after Unicode's CLDR). All of them are npm packages.
-The UNet sees all styles but Twemoji's, which a LoRA is to teach it; the autoencoder sees Noto's and Twemoji's, but no Twemoji
-of a word that the benchmark holds out.
-"""
+"""What is done to a drawing before the model sees it, what can be said of its colours and shape, and which words are kept for
+what. Drawings are RGBA images of 64 pixels (`tools/styles.py`)."""
 
 from __future__ import annotations
 
 import colorsys
-import dataclasses
-import json
-import subprocess
-import tarfile
-from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageEnhance, ImageFilter
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-PACKAGES = {"noto": "emoji-datasource-google@16.0.0", "twemoji": "emoji-datasource-twitter@16.0.0",
-            "words": "emojibase-data@17.0.0", "blob": "emoji-datasource-google@3.0.0",
-            "fluent": "@lobehub/fluent-emoji-3d@1.1.0"}
-OTHER_STYLES = ("blob", "fluent")
-"""What the model is taught beside Noto's, so that what is shown and how it is drawn are two things to it."""
 SIDE, FRAME, SMALL_FRAME = 128, 72, 112
 """The model's images; the white paper a 64-pixel emoji is laid on; the paper that makes it "small"."""
 
-# Things one can draw and name. Flags, keycaps, people and the subtler faces are left out: a small model has better uses.
-SUBCATEGORIES = frozenset((
-    "face-smiling", "face-tongue", "face-sleepy", "face-affection", "face-glasses", "face-hat", "face-costume",
-    "face-negative", "monkey-face", "heart", "animal-mammal", "animal-bird", "animal-amphibian", "animal-reptile",
-    "animal-marine", "animal-bug", "plant-flower", "plant-other", "food-fruit", "food-vegetable", "food-prepared",
-    "food-asian", "food-sweet", "drink", "dishware", "transport-ground", "transport-air", "transport-water",
-    "place-building", "place-geographic", "sky & weather", "sport", "game", "event", "award-medal", "arts & crafts",
-    "clothing", "musical-instrument", "music", "tool", "computer", "light & video", "household", "writing", "science",
-    "phone", "lock", "book-paper", "geometric"))
 # What the model card's sheet asks for, and what the benchmark holds out: concrete, and told apart at a glance.
 HELD_OUT = (
     "red apple", "banana", "strawberry", "watermelon", "pineapple", "carrot", "mushroom", "hamburger", "pizza", "doughnut",
@@ -54,81 +28,18 @@ STYLE = (
     "koala", "chicken", "whale", "crab", "honeybee", "cherry blossom", "maple leaf", "sun with face", "locomotive",
     "helicopter", "violin", "top hat", "pencil", "grinning face with big eyes")
 ASKED = frozenset((*HELD_OUT, *STYLE))
-
-
-@dataclasses.dataclass(frozen=True)
-class Emoji:
-    """One emoji: its name and keywords, and its file in both packages ("1f34e.png")."""
-
-    label: str
-    tags: tuple[str, ...]
-    image: str
-
-
-def gather(folder: Path, *, at_most: int | None = None) -> list[Emoji]:
-    """The chosen emoji, in Unicode's order; packages are fetched with npm and unpacked into `folder` once.
-
-    at_most: how many of a subcategory; those that sheet and benchmark ask for come in addition.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, package in PACKAGES.items():
-        if not (folder / name).is_dir():
-            _unpack(folder, name, package)
-    words = {entry["hexcode"]: entry for entry in _read(folder / "words" / "data.json")}
-    chosen, seen, kept = [], set(), Counter()
-    for entry in sorted(_read(folder / "noto" / "emoji.json"), key=lambda entry: entry["sort_order"]):
-        word = words.get(entry["unified"]) or words.get(entry["unified"].replace("-FE0F", ""))
-        if entry["subcategory"] not in SUBCATEGORIES or word is None or word["label"] in seen:
-            continue
-        if entry["has_img_google"] and entry["has_img_twitter"] and "oncoming" not in word["label"]:
-            label = word["label"].lower().replace("’", "'")
-            if at_most is not None and kept[entry["subcategory"]] >= at_most and label not in ASKED:
-                continue
-            kept[entry["subcategory"]] += label not in ASKED
-            tags = tuple(tag.lower() for tag in word.get("tags", ()) if tag.isascii() and len(tag) > 2)
-            chosen.append(Emoji(label, tags, entry["image"]))
-            seen.add(word["label"])
-    missing = ASKED - {emoji.label for emoji in chosen}
-    assert not missing, f"not in the packages: {sorted(missing)}"
-    return chosen
-
-
-def _unpack(folder: Path, name: str, package: str) -> None:
-    done = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, capture_output=True, text=True, check=True)
-    archive = folder / done.stdout.split()[-1]
-    target = folder / f"{name}.part"
-    target.mkdir(exist_ok=True)
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            path = Path(member.name)
-            wanted = (path.match("img/*/64/*.png") or path.match("assets/*.webp") or path.name == "LICENSE"
-                      or member.name in ("package/emoji.json", "package/en/data.json"))
-            if member.isfile() and wanted:
-                source = tar.extractfile(member)
-                assert source is not None
-                (target / path.name).write_bytes(source.read())
-    archive.unlink()
-    target.rename(folder / name)
-
-
-def _read(path: Path) -> list[dict]:
-    return list(json.loads(path.read_text(encoding="utf-8")))
-
-
-def open_rgba(path: Path) -> Image.Image:
-    """The image of `path` with its alpha, 64×64."""
-    with Image.open(path) as image:
-        return image.convert("RGBA").resize((64, 64), Image.Resampling.LANCZOS)
-
-
-def in_style(packages: Path, style: str, emoji: Emoji) -> Image.Image | None:
-    """The emoji as one of OTHER_HANDS draws it; None where it does not."""
-    stem = emoji.image.removesuffix(".png")
-    for name in (stem, stem.replace("-fe0f", "")):
-        for path in (packages / style / f"{name}.png", packages / style / f"{name}.webp"):
-            if path.is_file():
-                return open_rgba(path)
-    return None
+# What the gate asks for: 64 words by lot, of those that exist in most styles and that the first training left out. Noto's
+# pictures of them are shown to nobody, those of the other styles that the model learns from are.
+GATE = (
+    "ambulance", "anxious face with sweat", "candle", "card file box", "card index", "chart decreasing", "cityscape",
+    "cityscape at dusk", "cloud with lightning and rain", "computer disk", "confounded face", "construction", "cricket game",
+    "droplet", "dvd", "face with crossed-out eyes", "fearful face", "first quarter moon face", "flag in hole",
+    "flower playing cards", "french fries", "globe showing americas", "globe showing europe-africa", "green salad", "hamster",
+    "handbag", "heart decoration", "honey pot", "hospital", "hourglass done", "incoming envelope", "kaaba", "kimono",
+    "kissing cat", "man's shoe", "moon viewing ceremony", "mosque", "neutral face", "newspaper", "oden",
+    "open mailbox with lowered flag", "paperclip", "pine decoration", "ping pong", "postal horn", "poultry leg", "pouting cat",
+    "prayer beads", "railway track", "shooting star", "shopping cart", "shower", "shrimp", "slot machine", "snowflake",
+    "spiral calendar", "sunset", "tiger", "tokyo tower", "trackball", "trolleybus", "upside-down face", "weary cat", "zzz")
 
 
 def flat(image: Image.Image) -> Image.Image:
@@ -163,8 +74,27 @@ def outlined(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(line, image)
 
 
-TREATMENTS = (flat, pastel, dark, muted, outlined)
+def grey(image: Image.Image) -> Image.Image:
+    """Without colour."""
+    return _toned(image, "#000000", "#ffffff")
+
+
+def sepia(image: Image.Image) -> Image.Image:
+    """From dark brown to cream."""
+    return _toned(image, "#3b2413", "#fff4dc")
+
+
+def _toned(image: Image.Image, darkest: str, lightest: str) -> Image.Image:
+    toned = ImageOps.colorize(image.convert("L"), darkest, lightest)
+    toned.putalpha(image.getchannel("A"))
+    return toned
+
+
+TREATMENTS = (flat, pastel, dark, muted, outlined, grey, sepia)
 """Ways to draw anything; the function's name is the word for it."""
+GROUNDS = {"black": "#101014", "grey": "#8a8a8a", "brown": "#7a5230", "red": "#d83a34", "orange": "#f08c2e",
+           "yellow": "#f7d84a", "green": "#4fa64f", "blue": "#3f78d8", "purple": "#8650b8", "pink": "#f2a0c0"}
+"""The colours of paper beside white; said as "on blue"."""
 
 
 def _mixed(image: Image.Image, colour: str, share: float) -> Image.Image:
@@ -173,10 +103,11 @@ def _mixed(image: Image.Image, colour: str, share: float) -> Image.Image:
     return mixed
 
 
-def on_paper(image: Image.Image, frame: int = FRAME) -> np.ndarray:
-    """A 64-pixel RGBA image in the middle of a white square of `frame` pixels: uint8 [frame, frame, 3]."""
-    paper = Image.new("RGBA", (frame, frame), "white")
-    paper.alpha_composite(image, ((frame - image.width) // 2, (frame - image.height) // 2))
+def on_paper(image: Image.Image, frame: int = FRAME, *, ground: str = "white", offset: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """A 64-pixel RGBA image on a square of paper of `frame` pixels, `offset` from its middle: uint8 [frame, frame, 3]."""
+    paper = Image.new("RGBA", (frame, frame), ground)
+    middle = (frame - image.width) // 2
+    paper.alpha_composite(image, (middle + offset[0], middle + offset[1]))
     return np.asarray(paper.convert("RGB"))
 
 

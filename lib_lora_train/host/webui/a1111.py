@@ -35,6 +35,11 @@ def load() -> Any:
     return shared.sd_model
 
 
+def pending() -> Any:
+    """See `ModelAccess`. A checkpoint is loaded when it is chosen."""
+    return None
+
+
 def identity(sd_model: nn.Module) -> Identity:
     """See `ModelAccess`."""
     return Identity(sd_model.sd_checkpoint_info.filename, getattr(sd_model, "loaded_vae_file", None) or "")
@@ -74,6 +79,9 @@ def refuse_options() -> None:
 
 def refuse_kind(sd_model: nn.Module) -> None:
     """See `ModelAccess`."""
+    if not isinstance(sd_model, nn.Module):
+        raise ModelError(f"This WebUI keeps its model in a way that is not known here ({type(sd_model).__name__})",
+                         remedy="train in AUTOMATIC1111, Forge, Forge Neo or reForge")
     kinds = {"a Stable Diffusion 3 model": getattr(sd_model, "is_sd3", False),
              "an SSD-1B model": getattr(sd_model, "is_ssd", False),
              "an instruct-pix2pix model": getattr(sd_model, "cond_stage_key", None) == "edit"}
@@ -83,8 +91,9 @@ def refuse_kind(sd_model: nn.Module) -> None:
 
 def describe(sd_model: nn.Module) -> Checkpoint:
     """See `ModelAccess`."""
-    return described(sd_model.sd_checkpoint_info, family=_family(sd_model), vae=identity(sd_model).vae,
-                     refusal=refusal_of(sys.modules[__name__], sd_model))
+    refusal = refusal_of(sys.modules[__name__], sd_model)
+    return described(sd_model.sd_checkpoint_info, family="" if refusal else _family(sd_model), vae=identity(sd_model).vae,
+                     refusal=refusal)
 
 
 def modules(sd_model: nn.Module) -> Sequence[nn.Module]:
@@ -115,9 +124,10 @@ def hints(sd_model: nn.Module) -> Hints:
         text_heads=tuple(heads for heads, _ in encoders) or None,
         text_activations=tuple(activation for _, activation in encoders) or None,
         prediction_type="v_prediction" if sd_model.parameterization == "v" else "epsilon",
-        zero_terminal_snr=shared.opts.sd_noise_schedule == "Zero Terminal SNR",
-        # `alphas_cumprod` itself is rewritten, and may be rounded, at every generation.
-        alphas_cumprod=sd_model.alphas_cumprod_original.detach().float(),
+        zero_terminal_snr=shared.opts.sd_noise_schedule == "Zero Terminal SNR" or bool(getattr(sd_model, "ztsnr", False)),
+        # `alphas_cumprod` itself is rewritten, and may be rounded, at every generation; where there is no other, only at those
+        # with zero terminal SNR, which make one.
+        alphas_cumprod=getattr(sd_model, "alphas_cumprod_original", sd_model.alphas_cumprod).detach().float().clone(),
         latent_scale=float(sd_model.scale_factor))
 
 

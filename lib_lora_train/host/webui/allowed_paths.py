@@ -25,8 +25,9 @@ def allowed() -> AllowedPaths | None:
     if not reached_by_others(vars(flags), os.environ):
         return None
     loras = Path(flags.lora_dir)
-    reading = [Path(paths.data_path), loras, *map(Path, flags.gradio_allowed_path or ()), *_further()]
-    if flags.hide_ui_dir_config or flags.freeze_settings:
+    reading = [Path(paths.data_path), loras, *map(Path, getattr(flags, "lora_dirs", ())),  # of Forge Neo
+               *map(Path, flags.gradio_allowed_path or ()), *_further()]
+    if getattr(flags, "hide_ui_dir_config", False) or getattr(flags, "freeze_settings", False):
         reading += [Path(folder) for name in _OUTPUTS if (folder := getattr(shared.opts, name, ""))]
     advice = "other folders are named in Settings, Train LoRA" if _editable() else (
         "its owner names other folders in Settings, Train LoRA, after a start without --listen or --share")
@@ -49,7 +50,8 @@ def add_option() -> None:
 
 def _editable() -> bool:
     flags = shared.cmd_opts
-    return not reached_by_others(vars(flags), os.environ) or bool(flags.enable_insecure_extension_access)
+    return not reached_by_others(vars(flags), os.environ) or bool(
+        getattr(flags, "enable_insecure_extension_access", False))
 
 
 def _further() -> list[Path]:

@@ -1,10 +1,11 @@
-"""The WebUI's own BLIP and DeepDanbooru, with which it interrogates images beside img2img's prompt.
+"""The WebUI's own BLIP and DeepDanbooru, with which it interrogates images beside img2img's prompt. Some WebUIs have removed
+them, and offer none.
 
 Their weights are pickles: the WebUI opens them with its own code, as for those buttons. It also downloads them at
 first use; here nothing is downloaded, and what is missing is said.
 
 Each batch waits in the WebUI's queue, like any work on its models: generations go on in between. As in the WebUI,
-the checkpoint's parts are moved to the CPU first under --medvram, and each captioner at the end, unless
+the checkpoint's parts are moved off the GPU first where the WebUI does so, and each captioner at the end, unless
 Settings, Interrogate keeps it on the GPU.
 """
 
@@ -13,17 +14,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from modules import call_queue, deepbooru, devices, images, lowvram, paths, shared
+from modules import call_queue, devices, images, paths, shared
 from PIL import Image
 
 from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import HostError, translated
 from lib_lora_train.host.port import never
+from lib_lora_train.host.webui.model_access import ModelAccess
 from lib_lora_train.host.webui.queue import QueueLock
 from lib_lora_train.tagging.captioner import Captioner, CaptionerSource, Description, Tag
 from lib_lora_train.tagging.options import TagOptions
@@ -33,14 +37,25 @@ _SIDE = 512
 """Of the images DeepDanbooru was trained on."""
 
 
-def captioners() -> Sequence[CaptionerSource]:
-    """Both, whether their files are there or not."""
-    return BlipSource(), DeepDanbooruSource()
+def captioners(access: ModelAccess) -> Sequence[CaptionerSource]:
+    """Those that the WebUI has code for, whether their files are there or not."""
+    sources = {"interrogate": BlipSource(access), "deepbooru": DeepDanbooruSource(access)}
+    return [source for name, source in sources.items() if _module(name) is not None]
 
 
+def _module(name: str) -> Any:
+    """The WebUI's module of that name, None where it has none."""
+    try:
+        return importlib.import_module(f"modules.{name}")
+    except ImportError:
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
 class BlipSource:
     """BLIP writes a sentence. How long it is, is said in the WebUI's settings, Interrogate."""
 
+    access: ModelAccess
     name, label, reads = "blip", "BLIP (a sentence)", "pixels"
 
     def missing(self) -> str:
@@ -59,8 +74,8 @@ class BlipSource:
     def open(self, options: TagOptions, device: torch.device, *, should_stop: ShouldStop | None = None) -> Iterator[Captioner]:
         """Where the WebUI wants it (--use-cpu interrogate), not on `device`."""
         _refuse(self.missing())
-        interrogator, turn = shared.interrogator, functools.partial(_turn, should_stop)
-        dtype = interrogator.dtype
+        interrogator, turn = shared.interrogator, functools.partial(_turn, self.access, should_stop)
+        dtype, loaded = interrogator.dtype, interrogator.blip_model
         try:
             with turn():
                 with translated("loading BLIP"):
@@ -71,11 +86,15 @@ class BlipSource:
         finally:
             interrogator.dtype = dtype
             interrogator.unload()
+            if hasattr(interrogator, "blip_patcher"):  # of the Forges, which know no BLIP without one
+                interrogator.blip_model = loaded
 
 
+@dataclasses.dataclass(frozen=True)
 class DeepDanbooruSource:
     """DeepDanbooru finds tags. Thresholds and spelling are ours, not those of the WebUI's settings."""
 
+    access: ModelAccess
     name, label, reads = "deepdanbooru", "DeepDanbooru (tags)", "pixels"
 
     def missing(self) -> str:
@@ -89,11 +108,11 @@ class DeepDanbooruSource:
     def open(self, options: TagOptions, device: torch.device, *, should_stop: ShouldStop | None = None) -> Iterator[Captioner]:
         """On the WebUI's device."""
         _refuse(self.missing())
-        turn = functools.partial(_turn, should_stop)
+        turn, deepbooru = functools.partial(_turn, self.access, should_stop), _module("deepbooru")
         try:
             with turn(), translated("loading DeepDanbooru"):
                 deepbooru.model.start()
-            yield _Queued(turn, lambda images: _tags(images, threshold=options.general_threshold))
+            yield _Queued(turn, lambda images: _tags(deepbooru.model, images, threshold=options.general_threshold))
         finally:
             if deepbooru.model.model is not None:
                 deepbooru.model.stop()
@@ -112,9 +131,9 @@ class _Queued:
 
 
 @contextlib.contextmanager
-def _turn(should_stop: ShouldStop | None) -> Iterator[None]:
+def _turn(access: ModelAccess, should_stop: ShouldStop | None) -> Iterator[None]:
     with QueueLock(call_queue.queue_lock).held(stop=should_stop or never):
-        lowvram.send_everything_to_cpu()
+        access.unload(access.current())
         yield
 
 
@@ -123,7 +142,7 @@ def _load_blip() -> None:
     interrogator = shared.interrogator
     if interrogator.blip_model is None:
         interrogator.blip_model = interrogator.load_blip_model()
-        if not shared.cmd_opts.no_half and not interrogator.running_on_cpu:
+        if devices.device_interrogate.type != "cpu" and not getattr(shared.cmd_opts, "no_half", False):
             interrogator.blip_model = interrogator.blip_model.half()
     interrogator.blip_model = interrogator.blip_model.to(devices.device_interrogate)
 
@@ -134,16 +153,15 @@ def _caption(images: Sequence[Image.Image]) -> list[Description]:
     return [Description(text=shared.interrogator.generate_caption(image)) for image in images]
 
 
-def _tags(decoded: Sequence[Image.Image], *, threshold: float) -> list[Description]:
+def _tags(danbooru: Any, decoded: Sequence[Image.Image], *, threshold: float) -> list[Description]:
     """Every tag from `threshold` on, and the ratings: what `tag_multi` computes, before it writes its text."""
-    deepbooru.model.start()  # a press of Interrogate meanwhile has moved it to the CPU
+    danbooru.start()  # a press of Interrogate meanwhile has moved it to the CPU
     # 2: fitted in, the rest filled from the image's own edges.
     squares = [np.asarray(images.resize_image(2, image, _SIDE, _SIDE), dtype=np.float32) / 255 for image in decoded]
+    weight = next(danbooru.model.parameters())
     with torch.no_grad(), devices.autocast():
-        batch = torch.from_numpy(np.stack(squares)).to(devices.device, devices.dtype)
-        scores = deepbooru.model.model(batch).float().cpu().numpy()
-    names = deepbooru.model.model.tags
-    return [_description(names, row, threshold=threshold) for row in scores]
+        scores = danbooru.model(torch.from_numpy(np.stack(squares)).to(weight.device, weight.dtype)).float().cpu().numpy()
+    return [_description(danbooru.model.tags, row, threshold=threshold) for row in scores]
 
 
 def _description(names: Sequence[str], scores: np.ndarray, *, threshold: float) -> Description:

@@ -4,6 +4,9 @@
     lease.py          one lease: set up, yielded to others in between, released
     model_access.py   what differs between the WebUIs: where the model is; whether it changed
     a1111.py          … in AUTOMATIC1111
+    backend.py        … in Forge and Forge Neo
+    patched.py        … in reForge and Forge Classic
+    clones.py         active LoRAs of the Forges, out of the weights
     loras.py          the built-in Lora extension: its LoRAs out of the weights, its list renewed
     render.py         the WebUI's own text-to-image
     allowed_paths.py  the folders a run may touch while others reach the WebUI
@@ -23,6 +26,7 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from modules import call_queue, launch_utils, paths, shared
 from PIL import Image
@@ -65,19 +69,27 @@ class WebUIHost:
         return allowed_paths.allowed()
 
     def captioners(self) -> Sequence[CaptionerSource]:
-        """BLIP and DeepDanbooru, as the buttons beside img2img's prompt use them."""
-        return captioners_module.captioners()
+        """BLIP and DeepDanbooru where the WebUI has them, as the buttons beside img2img's prompt use them."""
+        return captioners_module.captioners(self.access)
 
     def checkpoint(self) -> Checkpoint | None:
-        """What is loaded now."""
-        sd_model = self.access.current()
+        """What is loaded now, or what would be loaded for a lease."""
+        pending, sd_model = self._pending(), self.access.current()
+        if pending is not None:
+            return model_access.describe_pending(pending)[0]
         return None if sd_model is None else self.access.describe(sd_model)
 
     def outline(self) -> Outline | None:
-        sd_model = self.access.current()
+        pending, sd_model = self._pending(), self.access.current()
+        if pending is not None:
+            return model_access.describe_pending(pending)[1]
         if sd_model is None or not self.access.describe(sd_model).family:
             return None
         return model_access.outline(self.access, sd_model)
+
+    def _pending(self) -> Any:
+        """As `ModelAccess.pending`; a lease does not care what others choose meanwhile."""
+        return None if self._lease is not None else self.access.pending()
 
     @contextlib.contextmanager
     def lease(self, *, stop: ShouldStop = never) -> Iterator[LeasedModel]:
@@ -165,12 +177,14 @@ def api_access() -> tuple[bool, str]:
 # What changes how a model is held or computed; no names, no passwords.
 _FLAGS = ("medvram", "medvram_sdxl", "lowvram", "no_half", "no_half_vae", "upcast_sampling", "precision", "use_cpu", "xformers",
           "opt_sdp_attention", "disable_model_loading_ram_optimization", "api", "listen", "share")
+_NAMES = {"a1111": "AUTOMATIC1111", "backend": "Forge", "patched": "reForge"}
 
 
 def about() -> str:
     """Which WebUI this is, for a report of a problem: "AUTOMATIC1111 v1.10.1 medvram=True"."""
     flags = {name: value for name in _FLAGS if (value := getattr(shared.cmd_opts, name, None))}
-    return " ".join([f"AUTOMATIC1111 {launch_utils.git_tag()}", *(f"{name}={value}" for name, value in flags.items())])
+    program = _NAMES[HOST.access.__name__.rpartition(".")[2]]
+    return " ".join([f"{program} {launch_utils.git_tag()}", *(f"{name}={value}" for name, value in flags.items())])
 
 
 HOST = WebUIHost()

@@ -7,6 +7,7 @@ Classic). Which one fits is told by what can be imported, not by a name: there a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import os
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from lib_lora_train.errors import HostError, ModelError
-from lib_lora_train.host import placement
+from lib_lora_train.host import placement, standalone
 from lib_lora_train.host.port import Checkpoint, Outline
-from lib_lora_train.model.family import Hints
+from lib_lora_train.model.family import FAMILIES, Hints
+from lib_lora_train.model.sd.refusals import refuse_other_kinds
 from lib_lora_train.model.sd.tokens import Tokenizer
 
 
@@ -45,6 +47,10 @@ class ModelAccess(Protocol):
     def load(self) -> Any:
         """The model that the WebUI is set to, loaded where it is not; None where there is none. With the queue's lock held.
         Raises HostError where it cannot be loaded."""
+
+    def pending(self) -> Any:
+        """The entry of the WebUI's list of checkpoints that it is set to and loads when it is needed; None where that is the
+        loaded one."""
 
     def restored(self, identity: Identity) -> Any:
         """The model of that identity, loaded where the WebUI is only set to it; None while the WebUI is set to another. With
@@ -153,14 +159,21 @@ def model_changed() -> HostError:
         remedy="choose its checkpoint and VAE again at the top of the page and resume the run")
 
 
-def checksums(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype, int]]:
-    """For every tensor of UNet, VAE and text encoders its shape, dtype and a sum over its bits: the same for the same
-    weights, wherever they are."""
-    weights = placement.weights_of(tensors)
-    sums = {name: tensor.detach().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64)
-            for name, tensor in weights.items()}
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, int]]:
+    """For every tensor of UNet, VAE and text encoders its shape and a sum over its bits: the same for the same weights,
+    wherever they are."""
+    sums = {name: (tensor.shape, _exact(name, tensor).sum(dtype=torch.int64))
+            for name, tensor in placement.weights_of(tensors).items()}
     # All are computed before the first is waited for; a copy of eight bytes each.
-    return {name: (weights[name].shape, weights[name].dtype, int(total)) for name, total in sums.items()}
+    return {name: (shape, int(total)) for name, (shape, total) in sums.items()}
+
+
+def _exact(name: str, tensor: Tensor) -> Tensor:
+    """The bits of a tensor as integers."""
+    tensor = tensor.detach()
+    if name.endswith(("token_embedding.weight", "position_embedding.weight")):
+        tensor = tensor.float()  # the Forges make these fp32 when they first paint
+    return tensor.view(_BITS[tensor.element_size()])
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -178,6 +191,36 @@ def device() -> torch.device:
     from modules import devices
 
     return torch.empty(0, device=devices.device).device
+
+
+def describe_pending(info: Any) -> tuple[Checkpoint, Outline | None]:
+    """A checkpoint of the WebUI's list that is not loaded, by its file's header. Without an outline where that does not tell
+    all: of pickled files, and where VAE or text encoders are in files of their own."""
+    path = Path(info.filename)
+    try:
+        family, refusal, outline = _read_header(path, path.stat().st_mtime_ns)
+    except (ModelError, OSError):
+        family, refusal, outline = "", "its kind shows when it is loaded", None
+    return described(info, family=family, refusal=refusal), outline
+
+
+@functools.lru_cache(maxsize=1)
+def _read_header(path: Path, changed_at: int) -> tuple[str, str, Outline | None]:
+    """(family, refusal, outline)."""
+    shapes = standalone.read_shapes(path)
+    try:
+        refuse_other_kinds(shapes)
+    except ModelError as error:
+        return "", str(error), None
+    try:
+        return family_of(shapes), "", standalone.describe_header(path, device())[1]
+    except ModelError:
+        return family_of(shapes), "", None
+
+
+def family_of(tensors: Mapping[str, Tensor]) -> str:
+    """The family of a checkpoint's UNet (checkpoint names), "" for none."""
+    return next((family.name for family in reversed(FAMILIES.values()) if family.recognises(tensors)), "")
 
 
 def file_of(sd_model: Any) -> Path:

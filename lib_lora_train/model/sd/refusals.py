@@ -61,12 +61,22 @@ def refuse_quantised(part: Mapping[str, Tensor]) -> None:
     """Raise ModelError where a weight of a `part` (local names) that is computed with is not stored as 16 or 32 bits."""
     for name, tensor in part.items():
         # Buffers such as `position_ids` are integers in sound checkpoints.
-        if name.startswith(_USED) and name.endswith((".weight", ".bias")) and tensor.dtype not in _FLOATS:
-            stored = str(tensor.dtype).removeprefix("torch.")
+        if name.startswith(_USED) and name.endswith((".weight", ".bias")) and (stored := _compressed(tensor)):
             raise ModelError(
-                "The weights of this checkpoint are quantised",
-                why=f"'{name}' is stored as {stored}{' (fp8)' if stored.startswith('float8') else ''}",
+                "The weights of this checkpoint are quantised", why=f"'{name}' is stored as {stored}",
                 remedy="load it in 16 or 32 bits (no fp8, nf4 or gguf storage)")
+
+
+def _compressed(tensor: Tensor) -> str:
+    """How a tensor is stored whose numbers are no plain floats; "" for one of 16, 32 or 64 bits."""
+    if gguf := getattr(tensor, "gguf_cls", None):  # of Forge
+        return f"GGUF ({gguf.__name__})"
+    if hasattr(tensor, "quant_type"):  # of bitsandbytes
+        return str(tensor.quant_type)
+    if type(tensor) not in (Tensor, torch.nn.Parameter):  # holds its numbers as it likes, whatever its dtype says
+        return type(tensor).__name__
+    stored = str(tensor.dtype).removeprefix("torch.")
+    return "" if tensor.dtype in _FLOATS else f"{stored} (fp8)" if stored.startswith("float8") else stored
 
 
 def _refused(kind: str, *, why: str = "", remedy: str = SUPPORTED) -> ModelError:
