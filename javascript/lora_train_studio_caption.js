@@ -125,7 +125,7 @@
             const scored = app.view.shown.pictures.filter(({score, painted}) => typeof score === "number" && painted);
             legend.hidden = !scored.length;
             results.replaceChildren(...scored.slice().sort((a, b) => a.score - b.score).slice(0, 12).map((picture) => {
-                const original = make("img", {alt: picture.name});
+                const original = make("img", {alt: picture.name, translate: "no"});
                 app.pictures.show(original, studio.thumbPath(picture));
                 const painted = Array.from({length: picture.painted}, (_, n) => {
                     const image = make("img", {alt: translated("Painted from the caption")});

@@ -5,7 +5,7 @@
 
     studio.editor = function(app) {
         const {make, button, count, later, translated} = studio.parts;
-        const image = make("img", {class: "lts-large"}), name = make("b", {class: "lts-file", translate: "no"});
+        const image = make("img", {class: "lts-large", translate: "no"}), name = make("b", {class: "lts-file", translate: "no"});
         const about = make("span", {class: "lts-quiet"}), wrong = make("div", {class: "lts-wrong"});
         const caption = make("textarea", {
             class: "lts-input", rows: "4", id: "lora_train_caption", "aria-label": translated("Caption"),

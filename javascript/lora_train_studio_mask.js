@@ -38,7 +38,7 @@
 
     studio.maskPanel = function(app) {
         const {make, button, pills, translated} = studio.parts, picture = app.cropping;
-        const image = make("img", {alt: picture.name, draggable: "false"}), cover = canvas(picture);
+        const image = make("img", {alt: picture.name, draggable: "false", translate: "no"}), cover = canvas(picture);
         cover.className = "lts-cover";
         cover.id = "lora_train_cover";
         const stage = make("div", {class: "lts-stage", id: "lora_train_stage"}, image, cover), ink = cover.getContext("2d");

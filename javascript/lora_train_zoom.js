@@ -7,7 +7,7 @@ window.loraTrainZoom = function(pictures, translated) {
     "use strict";
     const {make, button} = window.loraTrainStudio.parts;
     const stage = make("div", {class: "lora-train-zoom-stage"});
-    const title = make("b", {}), about = make("span", {});
+    const title = make("b", {translate: "no"}), about = make("span", {translate: "no"});
     const tool = (words, drawn, press) => {
         const made = button(words, press, {kind: "tool", drawn});
         made.className = "lora-train-zoom-tool";
@@ -77,7 +77,7 @@ window.loraTrainZoom = function(pictures, translated) {
     }
 
     function pane(entry) {
-        const image = make("img", {alt: [entry.title, entry.about].filter(Boolean).join(", ")});
+        const image = make("img", {alt: [entry.title, entry.about].filter(Boolean).join(", "), translate: "no"});
         if (entry.small) pictures.show(image, entry.small);
         pictures.show(image, entry.path);
         return image;

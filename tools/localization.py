@@ -15,6 +15,7 @@ explain. Not what only the command line says (`NOT_SHOWN`), nor the log.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -42,7 +43,7 @@ NO_TEXTS = frozenset({
     "sd version", "lora train", "can't allocate memory", "kohya locon", "Negative prompt: {negative_prompt}", "not known",
     "no valid execution plans", "unable to find an engine to execute this computation", "not enough memory", "out of memory",
     "{value}. {text}{translated}", "Train LoRA stays in English:", "None",
-    "held out", "too slow", "no effect", "Plan", "Restore", "Fill"})
+    "{trigger}, {folder}, {name}", "held out", "too slow", "no effect", "Plan", "Restore", "Fill"})
 """Keys of files, of browsers and of other programs, and parts that nobody sees, which look like words."""
 JOINTS = ("{first} {second}", "{first} · {second}", "{first}; {second}", "{first}: {second}", "{first}, {second}",
           "{first} and {second}", "{sentence}.", "{label} ({setting})")
@@ -50,6 +51,7 @@ JOINTS = ("{first} {second}", "{first} · {second}", "{first}; {second}", "{firs
 FIELD = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
+@functools.cache
 def texts() -> dict[str, str]:
     """template -> "file:line" of the first place it stands in, in the order of the files."""
     found: dict[str, str] = dict.fromkeys(JOINTS, "tools/localization.py")

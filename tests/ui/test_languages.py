@@ -19,7 +19,7 @@ from tools.localization import JOINTS, texts
 
 pytestmark = needs_browser
 PATIENCE_MS = 20_000
-WORD = re.compile(r"[A-Za-z]{3,}")
+WORD = re.compile(r"[A-Za-z]*[a-z][A-Za-z]{2,}|[A-Za-z]{2,}[a-z]")
 # Every text and attribute of the page that is in sight and not the user's own.
 READ = """() => {
     const own = "[translate=no], textarea, script, style, [role=listbox], ul.options, .lora-train-hidden";
