@@ -1,6 +1,6 @@
 /* The tab "Train LoRA" while a run goes on: it asks the API for the status and has it drawn, the run's progress by
  * lora_train_progress.js, how it learns by lora_train_learning.js, the offer to resume a run by lora_train_resume.js, what may
- * be done with its LoRA by lora_train_result.js.
+ * be done with its LoRA by lora_train_result.js; the runs that wait by lora_train_queue.js.
  *
  * The page's fields and its Train button are gradio's; everything about a running job is asked for and drawn here, so a
  * reloaded page shows it again. One poll at a time: every second while a job runs and the tab is in sight, every ten
@@ -80,7 +80,8 @@
         view.result = window.loraTrainResult(page, page.sender, (run) => page.showResults(run));
         view.offer = window.loraTrainResume(view.resume, ask, () => { kick(); poll(); }, view.showProblem, translated);
         view.drawLearning = window.loraTrainLearning(page, view);
-        window.loraTrainFiles(page, byId("lora_train_files"), fieldValues);
+        const fill = window.loraTrainFiles(page, byId("lora_train_files"), fieldValues);
+        state.watchers.push(window.loraTrainQueue(page, byId("lora_train_queue"), fill));
     }
 
     function showTooltips(tooltips) {

@@ -8,7 +8,8 @@
     const KINDS = [["refused", "Not taken"], ["changed", "Read as something else here"], ["taken", "Taken as they are"],
         ["unused", "Not needed here, or off"]];
 
-    /** `settings` gives the fields' values by name, as the page remembers them. */
+    /** `settings` gives the fields' values by name, as the page remembers them. Returns fill({values}), which puts such values into
+     * the fields. */
     window.loraTrainFiles = function(page, place, settings) {
         const {make, offer, dropping, translated} = window.loraTrainStudio.parts;
         const list = make("div", {class: "lora-train-files-list", role: "status", hidden: true});
@@ -130,5 +131,7 @@
             await page.api.ask("presets/delete", {name});
             fill({preset: ""});
         }
+
+        return fill;
     };
 })();

@@ -1,6 +1,7 @@
-"""Make the project's own environment, once, and run the demo or the tests in it.
+"""Make the project's own environment, once, and run the demo, the page or the tests in it.
 
     python tools/start.py demo [arguments of `python -m lib_lora_train demo`]
+    python tools/start.py ui [arguments of `python -m lib_lora_train ui`]
     python tools/start.py test [arguments of pytest]
 
 Needs Python 3.10 or 3.11 and nothing else, on Linux, macOS and Windows. Run with another Python it looks for one of
@@ -41,7 +42,7 @@ class CannotStart(Exception):
 
 def main(arguments: list[str]) -> int:
     """Run a command; returns its exit code, 2 if it cannot be started."""
-    if not arguments or arguments[0] not in ("demo", "test"):
+    if not arguments or arguments[0] not in ("demo", "ui", "test"):
         print(__doc__)
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
     command, rest = arguments[0], arguments[1:]
@@ -53,8 +54,8 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("Interrupted; the next start begins the environment anew.", file=sys.stderr)
         return 130
-    module = ["lib_lora_train", "demo"] if command == "demo" else ["pytest", *on_all_cores()]
-    say("Running the tests" if command == "test" else "Starting the demo")
+    module = ["pytest", *on_all_cores()] if command == "test" else ["lib_lora_train", command]
+    say({"test": "Running the tests", "demo": "Starting the demo", "ui": "Starting the page"}[command])
     process = subprocess.Popen([str(python), "-m", *module, *rest], cwd=ROOT, env=variables())
     while True:
         try:

@@ -38,8 +38,8 @@ from lib_lora_train.training.precision import compute_dtype
 _MEASURED_FROM = 10  # steps
 
 
-def start(values: Mapping[str, object], *, runner: Runner, host: Host) -> str:
-    """Start a run with settings by name and return its id.
+def start(values: Mapping[str, object], *, runner: Runner, host: Host, folder: Path | None = None) -> str:
+    """Start a run with settings by name and return its id. `folder` is where it is kept; None makes one.
 
     The settings, the name, the output folder and the dataset are checked first, so that most refusals come at once and
     leave no run behind. Raises UserError, and HostError while another run is under way.
@@ -50,7 +50,7 @@ def start(values: Mapping[str, object], *, runner: Runner, host: Host) -> str:
     plan = plan_job(settings, host)
     if plan.resume_point:
         compare_settings(plan.settings, plan.resume_point, steps=plan.schedule.steps)
-    return runner.start(plan, host, requested=settings, recorded=functools.partial(_conclude, host=host))
+    return runner.start(plan, host, requested=settings, folder=folder, recorded=functools.partial(_conclude, host=host))
 
 
 def _conclude(folder: Path, *, host: Host) -> None:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from lib_lora_train.dataset.progress import ShouldStop
-from lib_lora_train.errors import translated
+from lib_lora_train.errors import HostError, translated
 from lib_lora_train.events import Event, Report
 from lib_lora_train.host import placement
 from lib_lora_train.model.family import Hints
@@ -156,6 +156,13 @@ class ModelSource(Protocol):
         Raises HostError if there is none, ModelError if it is of a kind that cannot be trained, Interrupted where `stop()`
         ended the wait for it.
         """
+
+    def select(self, title: str) -> None:
+        """Hold the model of this title (`Checkpoint.title`) from now on; waits for other work of the host. Not to be called
+        while the caller leases the model. Raises HostError where there is none or it cannot be loaded."""
+        loaded = self.checkpoint()
+        if loaded is None or loaded.title != title:
+            raise HostError(f"The checkpoint {title} is not here", remedy="start the program with it")
 
     def waiting(self) -> bool:
         """Whether a lease waits for other work of the host."""

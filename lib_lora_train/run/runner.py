@@ -139,12 +139,12 @@ class Runner:
         """Have `check` asked before each start: it raises HostError where something else is under way that must end first."""
         self._guards.append(check)
 
-    def start(self, plan: RunPlan, host: Host, *, requested: Settings | None = None,
+    def start(self, plan: RunPlan, host: Host, *, requested: Settings | None = None, folder: Path | None = None,
               recorded: Callable[[Path], None] | None = None) -> str:
         """Start a job and return its run's id: that of the run it resumes, if that one is in the host's folder of runs.
 
-        `requested` are the settings as the user chose them; None: those of the plan. `recorded` is called with the run's
-        folder once all is written there.
+        `requested` are the settings as the user chose them; None: those of the plan. `folder` is a new run's; None makes one.
+        `recorded` is called with the run's folder once all is written there.
         Raises HostError while another is running or a guard objects, OutputError for a bad name.
         """
         settings = plan.settings
@@ -155,7 +155,7 @@ class Runner:
             self._tasks.check_idle(_BUSY)
             # It goes on where it was, unless that is somebody else's folder: there only the state is read.
             old = run_folder(settings.save.resume, host.runs_folder) if settings.save.resume else None
-            folder = old or new_folder(host.runs_folder, settings.save.output_name)
+            folder = old or folder or new_folder(host.runs_folder, settings.save.output_name)
             record = RunRecord(folder, settings)
             run = _Run(settings.save.output_name, requested or settings, record)
             job = functools.partial(run_job, plan, host, report=functools.partial(self._report, run, host),

@@ -17,6 +17,7 @@ from typing import Any
 import gradio as gr
 
 from lib_lora_train.api import OUTDATED, service
+from lib_lora_train.api.queue import QueueRequest, enqueue, queue_for
 from lib_lora_train.errors import Interrupted, LoraTrainError, OutputError
 from lib_lora_train.host.port import Host
 from lib_lora_train.run.background import Failure
@@ -24,6 +25,7 @@ from lib_lora_train.run.presets import offered
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import DECLARATIONS, Value, flat, named, parse
 from lib_lora_train.settings.presets import CHANGED, IDENTITY, NO_PRESET, Preset, name_and_version
+from lib_lora_train.studio.requests import validated
 from lib_lora_train.ui.fields import displayed, shown
 from lib_lora_train.ui.schedule_curve import schedule_curve
 
@@ -95,6 +97,27 @@ class Handlers:
         if _answers(answer, chosen):
             chosen["overwrite"] = True
         return self.start(token, page, *chosen.values())
+
+    def enqueue(self, token: str, request: str, *values: object) -> tuple[Any, Any]:
+        """(a refusal as HTML or nothing, the sign for the script that it is done). `request` is JSON of the script: what
+        `queue/add` is sent besides the settings, or the id of a run that waits and is to have these; and the sign."""
+        try:
+            told = dict(json.loads(request))
+        except (ValueError, TypeError):
+            told = {}
+        done = str(told.pop("sign", ""))
+        if not self._ours(token) or not done:
+            return _problem(OUTDATED), done
+        chosen = self._by_name(values)
+        try:
+            chosen["preset"] = self._recorded(chosen)
+            wanted = validated(QueueRequest, {**told, "settings": chosen})
+            enqueue(wanted, queue=queue_for(self.host, self.runner), host=self.host)
+        except LoraTrainError as error:
+            return _problem(str(error), values=chosen), done
+        except Exception as error:  # noqa: BLE001 - as in `_summary`
+            return _problem(Failure.of(error, name="Queueing").message, values=chosen), done
+        return "", done
 
     def list_folders(self, token: str, *values: object) -> tuple[Any, Any]:
         """(an update of the folders' settings with each folder that holds images, a refusal as HTML or nothing)."""

@@ -66,6 +66,9 @@ def build_tab(*, runner: Runner, host: Host, token: str) -> gr.Blocks:
             restore = unsaved(gr.Button("Restore", elem_id="lora_train_restore"))
             incoming = unsaved(gr.Textbox(value="", elem_id="lora_train_incoming", label="Incoming", max_lines=1))
             fill = unsaved(gr.Button("Fill", elem_id="lora_train_fill"))
+            queued = unsaved(gr.Textbox(value="", elem_id="lora_train_queued", label="Queued", max_lines=1))
+            enqueue = unsaved(gr.Button("Enqueue", elem_id="lora_train_enqueue"))
+            done = unsaved(gr.Textbox(value="", elem_id="lora_train_enqueued", label="Done", max_lines=1))
 
         handlers = Handlers(runner=runner, host=host, names=(*fields, "preset"), defaults=first, token=token)
         outputs = list(fields.values())
@@ -83,6 +86,7 @@ def build_tab(*, runner: Runner, host: Host, token: str) -> gr.Blocks:
         preset.select(handlers.apply_preset, inputs=[page], outputs=[about_preset, *outputs], **quiet).then(**planning)
         folders.click(handlers.list_folders, inputs=[key, *inputs],
                       outputs=[fields["dataset_config"], answer], **quiet).then(**planning)
+        enqueue.click(handlers.enqueue, inputs=[key, queued, *inputs], outputs=[answer, done], **quiet)
         for name in fields:
             if DECLARATIONS[name].choices:
                 # Typed fields tell the script that they changed; a drop-down does not.
@@ -158,6 +162,7 @@ def _run_column() -> tuple[Any, Any, Any, Any]:
         unsaved(gr.Button("Copy LoRA text", elem_id="lora_train_copy", min_width=120))
         unsaved(gr.Button("See results", elem_id="lora_train_see_results", min_width=120))
     gr.HTML('<div id="lora_train_drawn"></div>')
+    gr.HTML('<div id="lora_train_queue"></div>')
     with gr.Row(elem_id="lora_train_help"):
         unsaved(gr.Button("Report a problem", elem_id="lora_train_report", size="sm", min_width=120))
     return summary, start, answer, overwrite

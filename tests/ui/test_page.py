@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from lib_lora_train import events
+from lib_lora_train.api.queue import queue_for
 from lib_lora_train.host.port import Checkpoint
+from lib_lora_train.run import queue as queue_module
 from lib_lora_train.run import runner as runner_module
 from lib_lora_train.settings import parse
 from tests.browser import ServedPage, expect, needs_browser, opened_page
@@ -112,6 +114,47 @@ def test_an_interrupted_run_is_offered_and_goes_on_with_its_own_settings(served:
     expect(served.page.locator("#lora_train_live")).to_contain_text("1/100")
     served.part("stop_save").click()
     expect(served.page.locator("#lora_train_live")).to_contain_text("broken is ready.")
+
+
+def test_runs_wait_in_the_queue_are_changed_and_ordered_and_train_one_after_another(
+        served: Served, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(queue_module, "_POLL_SECONDS", 0.05)
+    entries = served.page.locator("#lora_train_queue li")
+    served.open()
+    try:
+        for name in ("one", "two", "three"):
+            served.fill(name=name)
+            served.part("queue_add").click()
+            expect(entries.filter(has_text=name)).to_have_count(1)
+        expect(entries.nth(0)).to_contain_text("is being trained")
+        served.part("queue_add").click()  # the same name once more
+        expect(served.line("answer")).to_contain_text("choose another name")
+
+        entries.filter(has_text="three").get_by_title("Earlier").click()
+        expect(entries.nth(1)).to_contain_text("three")
+        entries.filter(has_text="two").get_by_text("Edit").click()
+        expect(served.box("output_name")).to_have_value("two")
+        served.fill(name="second")
+        served.part("queue").get_by_text("Keep the changes").click()
+        expect(entries.nth(2)).to_contain_text("second")
+
+        served.job.advance(100)
+        expect(entries.nth(0)).to_contain_text("done")
+        expect(entries.nth(1)).to_contain_text("is being trained")
+        assert served.job.seen.save.output_name == "three"
+        served.page.on("dialog", lambda dialog: dialog.accept())
+        served.part("stop").click()
+        expect(entries.nth(1)).to_contain_text("stopped")
+        expect(entries.nth(2)).to_contain_text("is being trained")
+        served.job.advance(100)
+        expect(entries.nth(2)).to_contain_text("done")
+        entries.nth(1).get_by_text("Start anew").click()
+        served.job.advance(100)
+        expect(entries.nth(1)).to_contain_text("done")
+        served.part("queue").get_by_text("Clear ended").click()
+        expect(entries).to_have_count(0)
+    finally:
+        queue_for(served.host, served.runner).close()
 
 
 def test_a_ruined_result_is_shown_as_a_problem_and_a_healthy_one_is_not(served: Served):

@@ -55,17 +55,23 @@ class Sampler:
         network.set_multiplier(weight)
         return network.adapters()
 
-    def sample(self, prompts: Sequence[str], lora: Adapters = WITHOUT) -> torch.Tensor:
+    def sample(self, prompts: Sequence[str], lora: Adapters = WITHOUT, *, cfg_scale: float | None = None) -> torch.Tensor:
         """One image for each prompt; the seed is its position in the list, so all LoRAs start from the same noise."""
-        requests = [SampleRequest(prompt, width=SIDE, height=SIDE, steps=self._steps, cfg_scale=self._cfg_scale,
+        scale = self._cfg_scale if cfg_scale is None else cfg_scale
+        requests = [SampleRequest(prompt, width=SIDE, height=SIDE, steps=self._steps, cfg_scale=scale,
                                   seed=FIRST_SEED + index) for index, prompt in enumerate(prompts)]
         latents = [sample_batch(self._model, requests[start:start + TOGETHER], adapters=lora)
                    for start in range(0, len(requests), TOGETHER)]
         return self._shown(torch.cat(latents))
 
-    def through_vae(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The same images encoded and decoded again, as soft as generated ones."""
-        return self._shown(self._encoded(pixels)[0])
+    def through_vae(self, pixels: torch.Tensor, *, contrast: float = 1.0, noise: float = 0.0) -> torch.Tensor:
+        """The same images encoded and decoded again, as soft as generated ones; their latents times `contrast`, with noise
+        of `noise` times their deviation."""
+        latents = contrast * self._encoded(pixels)[0]
+        if noise:
+            drawn = torch.randn(latents.shape, generator=torch.Generator().manual_seed(FIRST_SEED))
+            latents = latents + noise * latents.std() * drawn.to(latents)
+        return self._shown(latents)
 
     def held_out_loss(self, pixels: torch.Tensor, captions: Sequence[str], lora: Adapters = WITHOUT, *,
                       seed: int = 1, timesteps: Sequence[int] = LOSS_TIMESTEPS) -> dict[int, float]:

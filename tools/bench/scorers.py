@@ -47,7 +47,7 @@ class StyleScorer:
         `images` are the real ones of each style as the VAE shows them, [N, 3, 128, 128], in the order of `real`.
         """
         learnt, held_out = real.indices(STYLE, OTHER), real.indices(HELD_OUT)
-        small = {style: _small(images[style]) for style in STYLES}
+        small = {style: at_64(images[style]) for style in STYLES}
         pairs = small[NOTO][learnt], small[TWEMOJI][learnt]
         scorer = cls(_fit_palette(*pairs), _fit_texture(*pairs, steps=steps, seed=seed), (1.0, 1.0))
         # In units of each score's mean size on what it was fitted on.
@@ -60,7 +60,7 @@ class StyleScorer:
 
     def twemoji(self, pixels: torch.Tensor, *, by: str = "both") -> torch.Tensor:
         """bool [N]: whether each image [N, 3, 128, 128] is in Twemoji's style, by "both" scores, or one of them."""
-        return self._score(_small(pixels), {"both": None, "palette": 0, "texture": 1}[by]) > 0
+        return self._score(at_64(pixels), {"both": None, "palette": 0, "texture": 1}[by]) > 0
 
     @property
     def counts(self) -> bool:
@@ -90,29 +90,29 @@ class WordScorer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = _Words(int(labels.max()) + 1)
-        small, generator = _small(images), torch.Generator().manual_seed(seed)
+        small, generator = at_64(images), torch.Generator().manual_seed(seed)
 
         def loss() -> torch.Tensor:
             rows = torch.randint(len(small), (96,), generator=generator)
-            varied = _varied(small[rows], generator, scale=(0.9, 1.2), shift=0.2, turn=0.15, colour=0.2, grey=0.2, noise=0.02)
+            varied = augmented(small[rows], generator, scale=(0.9, 1.2), shift=0.2, turn=0.15, colour=0.2, grey=0.2, noise=0.02)
             return F.cross_entropy(network(varied), labels[rows], label_smoothing=0.05)
 
-        _fit(network, loss, steps=steps, rate=6e-3)
+        fit_network(network, loss, steps=steps, rate=6e-3)
         return cls(network)
 
     @torch.no_grad()
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """[N, 64] of length 1; near for images of the same thing."""
-        return self._network.features(_small(pixels))
+        return self._network.features(at_64(pixels))
 
     @torch.no_grad()
     def word(self, pixels: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
         """int64 [N]: the most likely word of each image, as a position in `among` (the words' numbers)."""
-        return self._network(_small(pixels))[:, among].argmax(dim=1)
+        return self._network(at_64(pixels))[:, among].argmax(dim=1)
 
     def accuracy(self, pixels: torch.Tensor, words: torch.Tensor) -> float:
         """The share of `pixels` [n] that it takes for their own word among `words` [n], varied as it has not seen them."""
-        shown = _varied(_small(pixels), torch.Generator().manual_seed(1 << 40), scale=(0.95, 1.1), shift=0.1,
+        shown = augmented(at_64(pixels), torch.Generator().manual_seed(1 << 40), scale=(0.95, 1.1), shift=0.1,
                         turn=0.1, colour=0.1, grey=0.0, noise=0.02)
         with torch.no_grad():
             found = self._network(shown)[:, words].argmax(dim=1)
@@ -139,7 +139,7 @@ class _Texture(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(*_layer(3, 24, 2), *_layer(24, 48, 2), *_layer(48, 64, 1), nn.Dropout2d(0.2))
+        self.body = nn.Sequential(*conv_layer(3, 24, 2), *conv_layer(24, 48, 2), *conv_layer(48, 64, 1), nn.Dropout2d(0.2))
         self.out = nn.Conv2d(64, 1, 1)
 
     def patches(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,7 +158,8 @@ class _Words(nn.Module):
 
     def __init__(self, words: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(*_layer(3, 24, 2), *_layer(24, 48, 2), *_layer(48, 96, 2), *_layer(96, 128, 2))
+        widths = (3, 24, 48, 96, 128)
+        self.body = nn.Sequential(*(part for sizes in itertools.pairwise(widths) for part in conv_layer(*sizes, 2)))
         self.out = nn.Linear(128, 64)
         self.words = nn.Parameter(torch.randn(words, 64))
 
@@ -169,11 +170,11 @@ class _Words(nn.Module):
         return 16 * self.features(x) @ F.normalize(self.words, dim=1).T
 
 
-def _layer(inside: int, outside: int, stride: int) -> list[nn.Module]:
+def conv_layer(inside: int, outside: int, stride: int) -> list[nn.Module]:
     return [nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside), nn.ReLU()]
 
 
-def _fit(network: nn.Module, loss: Callable[[], torch.Tensor], *, steps: int, rate: float) -> None:
+def fit_network(network: nn.Module, loss: Callable[[], torch.Tensor], *, steps: int, rate: float) -> None:
     """AdamW with a rate that rises and falls once; leaves the network in evaluation mode."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
@@ -197,7 +198,7 @@ def _fit_texture(noto: torch.Tensor, twemoji: torch.Tensor, *, steps: int, seed:
 
     def loss() -> torch.Tensor:
         rows = torch.randint(len(noto), (32,), generator=generator)
-        varied = _varied(torch.cat([noto[rows], twemoji[rows]]), generator, scale=(0.97, 1.06), shift=0.1, turn=0.05,
+        varied = augmented(torch.cat([noto[rows], twemoji[rows]]), generator, scale=(0.97, 1.06), shift=0.1, turn=0.05,
                          colour=0.02, grey=0.0, noise=0.01)
         said, weight = network.patches(varied)
         whole = F.binary_cross_entropy_with_logits((said * weight).sum(dim=(1, 2)), labels)
@@ -207,7 +208,7 @@ def _fit_texture(noto: torch.Tensor, twemoji: torch.Tensor, *, steps: int, seed:
     # Dropout draws from the global generator.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        _fit(network, loss, steps=steps, rate=8e-3)
+        fit_network(network, loss, steps=steps, rate=8e-3)
     return network
 
 
@@ -253,12 +254,12 @@ def _inked(x: torch.Tensor) -> torch.Tensor:
     return x.amin(dim=1) < _INK
 
 
-def _small(pixels: torch.Tensor) -> torch.Tensor:
+def at_64(pixels: torch.Tensor) -> torch.Tensor:
     """The scorers' input: 64 pixels, about the size at which the images were drawn."""
     return F.avg_pool2d(pixels, pixels.shape[-1] // 64)
 
 
-def _varied(x: torch.Tensor, generator: torch.Generator, *, scale: tuple[float, float], shift: float, turn: float,
+def augmented(x: torch.Tensor, generator: torch.Generator, *, scale: tuple[float, float], shift: float, turn: float,
             colour: float, grey: float, noise: float) -> torch.Tensor:
     """Random augmentation: each image moved, resized, mirrored, rotated, tinted, blurred and with noise.
 

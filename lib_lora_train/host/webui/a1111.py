@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lib_lora_train.errors import HostError, ModelError, translated
 from lib_lora_train.host.port import Checkpoint
-from lib_lora_train.host.webui.model_access import Identity, attention_heads, described, refusal_of
+from lib_lora_train.host.webui.model_access import Identity, attention_heads, described, listed, refusal_of
 from lib_lora_train.model.architecture import Activation
 from lib_lora_train.model.family import FAMILIES, Hints
 from lib_lora_train.model.sd.refusals import SUPPORTED
@@ -33,6 +33,14 @@ def current() -> Any:
 def load() -> Any:
     """See `ModelAccess`. Waits for the thread that loads the model at the start."""
     return shared.sd_model
+
+
+def select(title: str) -> None:
+    """See `ModelAccess`."""
+    with translated("loading another checkpoint"):
+        chosen = listed(title)
+        shared.opts.set("sd_model_checkpoint", chosen.title, run_callbacks=False)
+        sd_models.reload_model_weights(info=chosen)
 
 
 def pending() -> Any:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lib_lora_train.errors import HostError, LoraTrainError, ModelError, translated
 from lib_lora_train.host.port import Checkpoint
 from lib_lora_train.host.webui import clones
-from lib_lora_train.host.webui.model_access import Identity, attention_heads, described, refusal_of
+from lib_lora_train.host.webui.model_access import Identity, attention_heads, described, listed, refusal_of
 from lib_lora_train.model.family import Hints
 from lib_lora_train.model.sd.components import UNET_PREFIX, VAE_PREFIX
 from lib_lora_train.model.sd.refusals import SUPPORTED, refuse_other_kinds, refuse_quantised
@@ -59,6 +59,15 @@ def load() -> Any:
     if engine is not None:
         identity(engine)
     return engine
+
+
+def select(title: str) -> None:
+    """See `ModelAccess`. As the page's drop-down does, and loaded at once, so that what is wrong is known."""
+    from modules_forge import main_entry
+
+    shared.opts.set("sd_model_checkpoint", listed(title).title, run_callbacks=False)
+    main_entry.refresh_model_loading_parameters()
+    load()
 
 
 def pending() -> Any:

@@ -48,6 +48,10 @@ class ModelAccess(Protocol):
         """The model that the WebUI is set to, loaded where it is not; None where there is none. With the queue's lock held.
         Raises HostError where it cannot be loaded."""
 
+    def select(self, title: str) -> None:
+        """Hold the model of this title of the WebUI's list from now on. With the queue's lock held. Raises HostError where it
+        is gone or cannot be loaded."""
+
     def pending(self) -> Any:
         """The entry of the WebUI's list of checkpoints that it is set to and loads when it is needed; None where that is the
         loaded one."""
@@ -226,6 +230,16 @@ def family_of(tensors: Mapping[str, Tensor]) -> str:
 def file_of(sd_model: Any) -> Path:
     """The checkpoint's file."""
     return Path(sd_model.sd_checkpoint_info.filename)
+
+
+def listed(title: str) -> Any:
+    """The checkpoint of that title in the WebUI's list. Raises HostError where its file is gone."""
+    from modules import sd_models
+
+    found = sd_models.checkpoint_aliases.get(title)
+    if found is None or not os.path.isfile(found.filename):
+        raise HostError(f"The checkpoint {title} is not there any more", remedy="put its file back and press Refresh")
+    return found
 
 
 def described(info: Any, *, family: str, vae: str = "", refusal: str = "") -> Checkpoint:

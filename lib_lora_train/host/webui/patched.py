@@ -25,12 +25,14 @@ from lib_lora_train.host.webui.a1111 import (
     pending,
     refuse_kind,
     restored,
+    select,
     tokenizers,
 )
 from lib_lora_train.host.webui.model_access import family_of
 from lib_lora_train.model.sd.components import UNET_PREFIX
 
-__all__ = ["current", "load", "pending", "restored", "may_be_back", "identity", "refuse_kind", "modules", "hints", "tokenizers"]
+__all__ = ["current", "load", "select", "pending", "restored", "may_be_back", "identity", "refuse_kind", "modules", "hints",
+           "tokenizers"]
 
 
 def refuse_options() -> None:

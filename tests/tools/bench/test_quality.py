@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from lib_lora_train.errors import DatasetError, SettingError
-from tools.bench import quality, real_images
+from tools.bench import quality, real_images, styled_images
 from tools.bench.command import main
 from tools.bench.evaluator import Effort
+from tools.bench.joint_scorer import Extent
 from tools.bench.quality import QualityPlan, run_quality
 
 HASTE = Effort(texture=2, words=2, across=True, every=4, sampler_steps=1, samples=1)
@@ -57,6 +59,29 @@ def test_a_run_writes_its_table_its_figures_and_its_sheets(few, host, tmp_path):
     assert (tmp_path / "out" / "style.png").is_file() and (tmp_path / "out" / "subject.png").is_file()
     judged = next(index for index, line in enumerate(said) if "Style scorer" in line)
     assert not any("step" in line and "/" in line for line in said[:judged])
+
+
+def test_the_headline_stands_between_its_floor_and_its_ceiling_after_the_gates(few, host, tmp_path, monkeypatch):
+    real, rows = real_images.load(), torch.arange(8)
+    images = {style: (rows, pixels) for style, pixels in zip(
+        (*styled_images.GRADED, "noto"), (*(1 - pixels for pixels in real.pixels.values()), *real.pixels.values(),
+                                          real.pixels["noto"].flip(1)), strict=True)}
+    monkeypatch.setattr(styled_images, "load", lambda real, packages: styled_images.StyledImages(
+        real.words, real.splits, images))
+    extent = Extent(style_steps=2, fits=2, word_steps=2, every=2, seeds=2, runs=2, scales=(2.0,), sampler_steps=1)
+    done = run_quality(QualityPlan(tmp_path / "out", packages=tmp_path, extent=extent, detail=False, steps=1), host,
+                       say=lambda text: None)
+    assert [row.what for row in done.headlines] == ["real, after the VAE", "model alone, CFG 2", "LoRA, CFG 2"] * 4
+    assert all(row.both <= min(row.style, row.word) for row in done.headlines)
+    lora, alone = done.headlines[2], done.headlines[1]
+    assert lora.gain == pytest.approx(lora.both - alone.both)
+    text = (tmp_path / "out" / "quality.md").read_text(encoding="utf-8")
+    assert 0 < text.index("### Gates") < text.index("### Headline")
+    figures = json.loads((tmp_path / "out" / "quality.json").read_text(encoding="utf-8"))
+    assert list(figures["gates"]) == list(styled_images.GRADED) and figures["scorers"] is None
+    # Trained on the words that are for it, and on no other.
+    assert sorted(path.stem for path in (tmp_path / "out" / "data" / "sticker").glob("*.png")) == sorted(
+        word.replace(" ", "-") for word in real.words_of("style"))
 
 
 def test_a_missing_dataset_is_told_before_anything_is_fitted(host, tmp_path, few):

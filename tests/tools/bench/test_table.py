@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from tools.bench.evaluator import Band, Memorised, Row, ScorerFigures
+from tools.bench.headline import HeadlineRow
+from tools.bench.joint_scorer import WordGate
 from tools.bench.style import StyleResult
+from tools.bench.style_scorer import StyleGate
 from tools.bench.subject import SubjectResult
-from tools.bench.table import WORTHLESS, quality_text, scorers_text
+from tools.bench.table import WORTHLESS, detail_text, gates_text, headlines_text, intro_text, scorers_text
 
 SCORERS = ScorerFigures(style=0.96875, style_palette=0.9, style_texture=0.85, style_counts=True, word_noto=1.0,
                         word_twemoji=0.98, word_across=0.45)
@@ -20,8 +23,8 @@ SUBJECT = SubjectResult(
 
 
 def text(scorers: ScorerFigures = SCORERS, style: StyleResult = STYLE, *, thorough: bool = True) -> str:
-    return quality_text(settings={"network_dim": 8}, checkpoint="emoji", scorers=scorers, style=style, subject=SUBJECT,
-                        thorough=thorough, seconds=600.0)
+    intro = intro_text(settings={"network_dim": 8}, checkpoint="emoji", thorough=thorough, seconds=600.0)
+    return f"{intro}\n\n{detail_text(scorers=scorers, style=style, subject=SUBJECT)}\n"
 
 
 def test_a_scorer_that_is_right_too_seldom_is_named_before_its_verdicts():
@@ -50,3 +53,17 @@ def test_figures_are_shown_with_their_signs_and_units():
 def test_a_quick_run_and_a_weight_0_that_changes_something_are_told():
     assert "Not to be quoted" in text(thorough=False) and "Not to be quoted" not in text()
     assert "something is wrong" in text(style=dataclasses.replace(STYLE, weight_0_is_base_model=False))
+
+
+def test_what_a_failed_gate_stands_before_is_struck_through_and_nothing_else():
+    right, wrong = {"as it is": 0.99, "blurred": 0.96}, {"1": 0.05, "4": 0.10}
+    gates = {"good": (StyleGate("good", right, wrong), WordGate("good", 0.91)),
+             "faded": (StyleGate("faded", {**right, "blurred": 0.94}, wrong), WordGate("faded", 0.91)),
+             "taken": (StyleGate("taken", right, {**wrong, "4": 0.11}), WordGate("taken", 0.89))}
+    rows = [HeadlineRow(name, "LoRA", 0.5, 0.25, 0.125, 0.03, 0.1, 0.04, 0.0) for name in gates]
+    shown = headlines_text(rows, gates, steps=9).splitlines()
+    lines = {line.split(":")[0].strip("| "): line for line in shown if "LoRA" in line}
+    struck = {name: [part in line for part in ("~~50.0 %~~", "~~25.0 %~~", "~~12.5 % ± 3.0~~", "~~+10.0 ± 4.0~~")]
+              for name, line in lines.items()}
+    assert struck == {"good": [False] * 4, "faded": [True, False, True, True], "taken": [True, True, True, True]}
+    assert gates_text(gates).count("**failed**") == 3

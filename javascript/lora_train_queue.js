@@ -1,0 +1,121 @@
+/* The queue on the page "2 Train": the fields' settings are put into it, now or for later; what waits can be ordered, changed and
+ * taken out; what failed or was interrupted waits again at a press. All text is set as textContent.
+ */
+(function() {
+    "use strict";
+    const LOOK_MS = 10000, STEP_MS = 50;
+    const STATES = {waiting: "waits", running: "is being trained", done: "done", stopped: "stopped", failed: "failed",
+        interrupted: "interrupted"};
+
+    /** `fill` puts settings into the fields. Returns a function to be called with each status. */
+    window.loraTrainQueue = function(page, place, fill) {
+        const {make, translated} = window.loraTrainStudio.parts;
+        const button = (text, title, press, id) => make("button", {class: "lora-train-files-button", id, text: translated(text),
+            title: translated(title), onclick: press});
+        let known = "", looked = 0, told = {held: false, entries: []}, editing = "";
+        const after = make("input", {type: "time", class: "lts-input", title: translated(
+            "The run begins at this time of day or later; empty for at once.")});
+        const idle = make("input", {type: "number", min: 0, max: 1440, class: "lts-input lora-train-queue-idle", title: translated(
+            "The run begins once nobody has generated for so many minutes; empty for at once.")});
+        const list = make("ol", {class: "lora-train-queue-list"}), problem = make("div", {role: "alert", hidden: true,
+            class: "lora-train-problem"});
+        const bar = make("div", {class: "lora-train-queue-bar"});
+        place.append(bar, problem, list);
+
+        async function guarded(press) {
+            try {
+                await press();
+                problem.hidden = true;
+            } catch (error) {
+                problem.textContent = error.message;
+                problem.hidden = false;
+            }
+            await look();
+            page.kick();  // the next run may begin at any moment
+        }
+
+        const act = (path, body) => () => guarded(() => page.ask("queue/" + path, body));
+
+        async function look() {
+            looked = Date.now();
+            try {
+                told = await page.ask("queue");
+            } catch (error) {
+                known = "";  // asked again with the next status
+                return;
+            }
+            draw();
+        }
+
+        /** By a hidden button, whose handler sees the fields as they stand; it answers with the sign. A refusal is shown as that of
+         * Train. */
+        async function enqueue(request) {
+            const box = (id) => page.byId(id).querySelector("textarea, input"), sign = String(Math.random());
+            page.setText(box("lora_train_queued"), JSON.stringify({...request, sign}));
+            page.button("lora_train_enqueue").click();
+            for (let waited = 0; box("lora_train_enqueued").value !== sign && waited < LOOK_MS; waited += STEP_MS) {
+                await new Promise((go) => setTimeout(go, STEP_MS));
+            }
+        }
+
+        const add = () => guarded(() => enqueue({start_after: after.value, idle_minutes: Number(idle.value || 0)}));
+
+        const keep = () => guarded(() => enqueue({id: editing}).then(() => {
+            if (!page.byId("lora_train_answer").textContent.trim()) editing = "";
+        }));
+
+        const edit = (entry) => () => guarded(async() => {
+            fill({values: (await page.ask("queue/settings?id=" + entry.id)).settings});
+            editing = entry.id;
+        });
+
+        function draw() {
+            const edited = told.entries.find((entry) => entry.id === editing && entry.state === "waiting");
+            if (!edited) editing = "";
+            const ended = told.entries.filter((entry) => !["waiting", "running"].includes(entry.state));
+            bar.replaceChildren(...(edited ? [
+                button("Keep the changes", "Give the run in the queue the settings of the fields.", keep),
+                make("span", {translate: "no", text: edited.name}),
+                button("Cancel", "Leave the run in the queue as it is.", () => { editing = ""; draw(); }),
+            ] : [
+                button("Add to queue", "Train with these settings once the runs before it have ended, on the checkpoint that is " +
+                    "loaded now.", add, "lora_train_queue_add"),
+                make("label", {}, make("span", {text: translated("after")}), after),
+                make("label", {}, make("span", {text: translated("minutes without generations")}), idle),
+                told.entries.length && button(told.held ? "Go on with the queue" : "Hold the queue",
+                    "While it is held, no other run begins.", act("hold", {held: !told.held})),
+                ended.length && button("Clear ended", "Take out of the list what has ended; files stay.", () => guarded(async() => {
+                    for (const entry of ended) await page.ask("queue/remove", {id: entry.id});
+                })),
+            ].filter(Boolean)));
+            const waiting = told.entries.filter((entry) => entry.state === "waiting");
+            list.replaceChildren(...told.entries.map((entry) => row(entry, waiting)));
+        }
+
+        function row(entry, waiting) {
+            const place = waiting.indexOf(entry), ended = !["waiting", "running"].includes(entry.state);
+            const move = (to) => act("move", {id: entry.id, position: to}), again = (resume) => act("retry", {id: entry.id, resume});
+            const later = entry.not_before * 1000 > Date.now() ? " · " + new Date(entry.not_before * 1000).toLocaleString() : "";
+            return make("li", {class: "lora-train-queue-" + entry.state},
+                make("b", {translate: "no", text: entry.name}),
+                make("span", {text: translated(STATES[entry.state] || entry.state)}), place >= 0 && later,
+                make("span", {class: "lora-train-queue-buttons"},
+                    place > 0 && button("↑", "Earlier", move(place - 1)),
+                    place >= 0 && place < waiting.length - 1 && button("↓", "Later", move(place + 1)),
+                    place >= 0 && button("Edit", "Put its settings into the fields, to change them.", edit(entry)),
+                    entry.resumable && button("Resume", "Go on where that run left off.", again(true)),
+                    ended && entry.state !== "done" && button("Start anew", "Have it wait again, from its beginning.", again(false)),
+                    entry.state !== "running" && button("×", "Take it out of the queue; files stay.", act("remove", {id: entry.id}))),
+                entry.message && make("div", {class: "lora-train-note", text: entry.message}));
+        }
+
+        draw();
+        return (answer) => {
+            const now = answer.run + answer.running;
+            const open = told.entries.some((entry) => ["waiting", "running"].includes(entry.state));
+            if (now === known && !(open && Date.now() - looked > LOOK_MS)) return;
+            known = now;
+            look();
+        };
+    };
+})();

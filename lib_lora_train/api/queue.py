@@ -1,0 +1,112 @@
+"""The routes of the queue, under /lora-train/v1/queue. Guarded as every route is (`gate.py`).
+
+    GET  queue              {"held", "entries": [{id, name, state, message, run, checkpoint, not_before, idle_minutes,
+                            resumable}]} in order; state is "waiting", "running", "done", "stopped", "failed" or "interrupted"
+    GET  queue/settings?id= {"settings": {...}} of one, to be changed
+    POST queue/add          {"settings", "start_after": "23:00", "idle_minutes"} -> {"id"}: at the end, on the checkpoint that
+                            is loaded now; after that time of day, once nobody else used the model for so long
+    POST queue/edit         {"id", "settings"} -> {"id"}: other settings for one that waits
+    POST queue/move         {"id", "position"}: to this position among those that wait, from 0
+    POST queue/remove       {"id"}
+    POST queue/retry        {"id", "resume": true|false} -> {"id"}: one that ended waits again, from its beginning or its state
+    POST queue/hold         {"held": true|false}: nothing more begins, or it goes on
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, StrictBool, StrictFloat, StrictInt, StrictStr, conint
+
+from lib_lora_train.api import service
+from lib_lora_train.api.gate import Gate
+from lib_lora_train.errors import LoraTrainError, SettingError
+from lib_lora_train.host.port import Host
+from lib_lora_train.run.planning import plan_job
+from lib_lora_train.run.queue import Entry, RunQueue
+from lib_lora_train.run.runner import Runner
+from lib_lora_train.settings import parse
+from lib_lora_train.studio.requests import validated
+
+log = logging.getLogger(__name__)
+
+
+class QueueRequest(BaseModel):
+    """What these routes are sent."""
+
+    id: StrictStr = ""
+    settings: dict[StrictStr, Any] = {}
+    start_after: StrictStr = ""
+    idle_minutes: StrictInt | StrictFloat = 0
+    position: conint(strict=True, ge=0, lt=10**6) = 0
+    resume: StrictBool = False
+    held: StrictBool = True
+
+
+@functools.lru_cache(maxsize=1)
+def queue_for(host: Host, runner: Runner) -> RunQueue:
+    """The process's one, however often the page is rebuilt."""
+    def start(entry: Entry, folder: Path) -> None:
+        if entry.resumes:
+            service.resume(entry.run, {}, runner=runner, host=host)
+        else:
+            service.start(entry.settings, runner=runner, host=host, folder=folder)
+    return RunQueue(host, runner, host.runs_folder, start=start)
+
+
+def add_routes(gate: Gate, queue: RunQueue, host: Host) -> None:
+    """Add them, and go on with what was queued when the program ended last."""
+    def add(method: str, name: str, answer: Callable[[QueueRequest], object], about: str) -> None:
+        gate.add(method, name, lambda query, body: answer(validated(QueueRequest, body or query)), about)
+
+    add("GET", "queue", lambda _: shown(queue, host), "What waits, and how the others ended")
+    add("GET", "queue/settings", lambda r: {"settings": dict(queue.entry(r.id).settings)}, "The settings of one")
+    add("POST", "queue/add", lambda r: {"id": enqueue(r, queue=queue, host=host).id}, "Put a run into the queue")
+    add("POST", "queue/edit", lambda r: {"id": enqueue(r, queue=queue, host=host).id}, "Change the settings of one that waits")
+    add("POST", "queue/move", lambda r: _done(queue.move(r.id, r.position)), "Change the order")
+    add("POST", "queue/remove", lambda r: _done(queue.remove(r.id)), "Take one out")
+    add("POST", "queue/retry", lambda r: {"id": queue.retry(r.id, resume=r.resume).id}, "Have one that ended wait again")
+    add("POST", "queue/hold", lambda r: _done(queue.hold(r.held)), "Begin nothing more, or go on")
+    try:
+        queue.open()
+    except LoraTrainError as error:
+        log.warning("%s", error)
+
+
+def enqueue(request: QueueRequest, *, queue: RunQueue, host: Host) -> Entry:
+    """Queue a run that could begin now, or give one that waits (`request.id`) these settings; most of what is wrong is refused
+    at once. Raises UserError, HostError."""
+    settings, loaded = parse(request.settings), host.checkpoint()
+    plan_job(settings, host)
+    if request.id:
+        return queue.edit(request.id, settings)
+    return queue.add(settings, checkpoint=loaded.title if loaded else "", idle_minutes=request.idle_minutes,
+                     not_before=next_time(request.start_after, now=datetime.datetime.now()) if request.start_after else 0.0)
+
+
+def next_time(text: str, *, now: datetime.datetime) -> float:
+    """When it is `text` ("23:00") next, in seconds since 1970. Raises SettingError."""
+    try:
+        time = datetime.time.fromisoformat(text.strip().zfill(5))
+    except ValueError:
+        raise SettingError(f"{text!r} is no time of day", remedy="write it as 23:00") from None
+    then = datetime.datetime.combine(now.date(), time)
+    return (then if then > now else then + datetime.timedelta(days=1)).timestamp()
+
+
+def shown(queue: RunQueue, host: Host) -> dict[str, Any]:
+    """The queue as plain data; without the settings, which are long."""
+    def told(entry: Entry) -> Mapping[str, Any]:
+        fields = {field.name: getattr(entry, field.name) for field in dataclasses.fields(entry) if field.name != "settings"}
+        return fields | {"resumable": queue.resumable(entry)}
+    return {"held": queue.held, "entries": [told(entry) for entry in queue.entries()]}
+
+
+def _done(_: None) -> dict[str, bool]:
+    return {"done": True}

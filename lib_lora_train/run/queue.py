@@ -1,0 +1,326 @@
+"""Runs that wait in order, each for its turn and its time, and start by themselves.
+
+The queue is a file beside the runs, `queue.json`, written before each change takes effect: what is queued survives the end of
+the program, however it comes, and no run is started twice. One process at a time works on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from lib_lora_train.errors import HostError, LoraTrainError, OutputError, SettingError, translated
+from lib_lora_train.host.port import ModelSource
+from lib_lora_train.records import from_plain
+from lib_lora_train.run.background import Failure
+from lib_lora_train.run.record import new_folder, past_run
+from lib_lora_train.run.runner import Runner
+from lib_lora_train.settings import Settings, flat
+from lib_lora_train.storage.atomic import write_atomic
+from lib_lora_train.storage.lock import lock_run
+
+log = logging.getLogger(__name__)
+FILE_NAME = "queue.json"
+State = Literal["waiting", "running", "done", "stopped", "failed", "interrupted"]
+_POLL_SECONDS = 2.0
+"""Between two looks at whether the next run may begin."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One run of the queue.
+
+    checkpoint    the title of the host's model that it trains on, "" for the one that is there then
+    not_before    seconds since 1970; 0 for at once
+    idle_minutes  it begins once nobody else used the model for so long
+    run           the id of its run, "" before it began
+    resumes       whether `run` is one to go on with
+    message       how it ended, a sentence
+    """
+
+    id: str
+    name: str
+    checkpoint: str = ""
+    not_before: float = 0.0
+    idle_minutes: float = 0.0
+    state: State = "waiting"
+    run: str = ""
+    resumes: bool = False
+    message: str = ""
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def open(self) -> bool:
+        """Whether it is still to be trained, or is being trained."""
+        return self.state in ("waiting", "running")
+
+
+Start = Callable[[Entry, Path], object]
+"""Starts an entry's run in this folder, or goes on with the one that is there. Raises LoraTrainError."""
+
+
+class RunQueue:
+    """The queue in a folder of runs. `start` is called in its own thread, on a host with the entry's model."""
+
+    def __init__(self, host: ModelSource, runner: Runner, runs_folder: Path, *, start: Start,
+                 clock: Callable[[], float] = time.time) -> None:
+        self._host, self._runner, self._runs, self._start, self._clock = host, runner, runs_folder, start, clock
+        self._lock = threading.RLock()
+        self._opened, self._process_lock = False, None
+        self._entries: list[Entry] = []
+        self._held = False
+        self._used_at = clock()
+        self._before_switch = ""  # the title of the model that the host had before the queue chose another
+        self._closed = threading.Event()
+        self._starting = ""  # the id of the entry whose run is about to begin
+
+    def open(self) -> None:
+        """Read the queue, and begin to work on it where something waits. Does nothing the second time, and where there is no
+        queue. Raises HostError where another process works on it."""
+        with self._lock:
+            if not self._opened and (self._runs / FILE_NAME).exists():
+                self._load()
+
+    def close(self) -> None:
+        """Stop working on it; the run under way goes on."""
+        with self._lock:
+            self._closed.set()
+            if self._process_lock is not None:
+                self._process_lock.release()
+                self._process_lock = None
+
+    def entries(self) -> tuple[Entry, ...]:
+        """All of them, in order."""
+        with self._lock:
+            self._note_ended()
+            return tuple(self._entries)
+
+    def entry(self, entry_id: str) -> Entry:
+        """The one of this id. Raises SettingError where there is none."""
+        for entry in self._entries:
+            if entry.id == entry_id:
+                return entry
+        raise SettingError(f"There is no run {entry_id!r} in the queue", remedy="see the queue")
+
+    def resumable(self, entry: Entry) -> bool:
+        """Whether one that ended can go on from a state it saved."""
+        return bool(not entry.open and entry.run) and past_run(self._runs / entry.run).resume_step is not None
+
+    @property
+    def held(self) -> bool:
+        """Whether nothing more begins."""
+        return self._held
+
+    def add(self, settings: Settings, *, checkpoint: str = "", not_before: float = 0.0, idle_minutes: float = 0.0) -> Entry:
+        """Put a run at the end. Raises OutputError where another one is to write the same file, HostError as `open`."""
+        if not (math.isfinite(idle_minutes) and 0 <= idle_minutes <= 24 * 60):
+            raise SettingError(f"{idle_minutes:g} minutes without generations cannot be waited for", remedy="say 0 to 1440")
+        with self._changed():
+            entry = Entry(secrets.token_hex(4), settings.save.output_name, checkpoint, not_before, idle_minutes,
+                          settings=flat(settings))
+            self._check_name(entry)
+            self._entries.append(entry)
+            return entry
+
+    def edit(self, entry_id: str, settings: Settings) -> Entry:
+        """Give a waiting run other settings. Raises SettingError where it does not wait, OutputError as `add`."""
+        with self._changed():
+            entry = dataclasses.replace(self._waiting(entry_id), name=settings.save.output_name, settings=flat(settings))
+            self._check_name(entry)
+            self._put(entry)
+            return entry
+
+    def move(self, entry_id: str, position: int) -> None:
+        """Put a waiting run at this position among those that wait, from 0."""
+        with self._changed():
+            entry = self._waiting(entry_id)
+            others = [other for other in self._entries if other is not entry]
+            waiting = [other for other in others if other.state == "waiting"]
+            before = others.index(waiting[position]) if 0 <= position < len(waiting) else len(others)
+            self._entries = [*others[:before], entry, *others[before:]]
+
+    def remove(self, entry_id: str) -> None:
+        """Take a run out that is not being trained; what it has written stays."""
+        with self._changed():
+            entry = self.entry(entry_id)
+            if entry.state == "running":
+                raise HostError(f"{entry.name} is being trained", remedy="stop it first")
+            self._entries.remove(entry)
+
+    def retry(self, entry_id: str, *, resume: bool) -> Entry:
+        """Have a run that ended wait again, from its beginning or from where it was saved last. Raises SettingError where it
+        has not ended or cannot be resumed, OutputError as `add`."""
+        with self._changed():
+            entry = self.entry(entry_id)
+            if entry.open:
+                raise SettingError(f"{entry.name} has not ended", remedy="wait for it, or remove it")
+            if resume and not self.resumable(entry):
+                raise SettingError(f"{entry.name} cannot be resumed", why="it saved no state", remedy="start it anew")
+            entry = dataclasses.replace(entry, state="waiting", message="", not_before=0.0, resumes=resume,
+                                        run=entry.run if resume else "")
+            self._check_name(entry)
+            self._put(entry)
+            return entry
+
+    def hold(self, held: bool) -> None:
+        """Let nothing more begin, or go on; the run under way is not touched."""
+        with self._changed():
+            self._held = held
+
+    def check(self) -> None:
+        """One look: note how the last run ended, and begin the next one where its time has come."""
+        with self._lock:
+            self._note_ended()
+            if self._runner.running() or not self._host.idle():
+                self._used_at = self._clock()
+            entry = None if self._held or self._runner.running() else next(filter(self._due, self._entries), None)
+            if entry is None:
+                back = self._before_switch if not self._runner.running() else ""
+            else:
+                folder = self._runs / entry.run if entry.resumes else new_folder(self._runs, entry.name)
+                # On the disk before anything begins: killed from here on, it is not begun a second time.
+                entry = dataclasses.replace(entry, state="running", run=folder.name)
+                with self._changed():
+                    self._put(entry)
+                self._starting = entry.id
+        if entry is None:
+            self._switch_back(back)
+            return
+        try:
+            with translated("starting a queued run"):
+                self._switch_to(entry.checkpoint)
+                self._start(entry, folder)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with this one, the next has its turn
+            self._refused(entry, error)
+        finally:
+            self._starting = ""
+
+    def _refused(self, entry: Entry, error: Exception) -> None:
+        with self._changed():
+            if isinstance(error, HostError) and self._runner.running():  # somebody pressed Train in the same moment
+                self._put(dataclasses.replace(entry, state="waiting", run=entry.run if entry.resumes else ""))
+            else:
+                self._put(dataclasses.replace(entry, state="failed", message=Failure.of(error, name="The start").message))
+
+    def _due(self, entry: Entry) -> bool:
+        now = self._clock()
+        return (entry.state == "waiting" and now >= entry.not_before
+                and (not entry.idle_minutes or now - self._used_at >= 60 * entry.idle_minutes))
+
+    def _note_ended(self) -> None:
+        """Note how those ended that are marked as running and do not run any more."""
+        for entry in [e for e in self._entries if e.state == "running" and e.id != self._starting]:
+            run = past_run(self._runs / entry.run)
+            if run.outcome == "running":  # its folder is locked until its last word is written
+                continue
+            began = (self._runs / entry.run / "settings.toml").is_file()
+            with self._changed():
+                self._put(dataclasses.replace(entry, state=run.outcome, message=run.message) if began
+                          else dataclasses.replace(entry, state="waiting", run=""))
+
+    def _switch_to(self, checkpoint: str) -> None:
+        loaded = self._host.checkpoint()
+        before = loaded.title if loaded else ""
+        if checkpoint and checkpoint != before:
+            self._host.select(checkpoint)
+            self._before_switch = self._before_switch or before
+
+    def _switch_back(self, checkpoint: str) -> None:
+        """To the model that the host had before the queue chose others, once nothing more is to begin."""
+        if not checkpoint:
+            return
+        self._before_switch = ""
+        try:
+            self._host.select(checkpoint)
+        except LoraTrainError as error:
+            log.warning("The model of before the queue could not be chosen again: %s", error)
+
+    def _check_name(self, entry: Entry) -> None:
+        def target(settings: Mapping[str, Any]) -> tuple[object, object]:
+            return os.path.normcase(str(settings.get("output_name"))), settings.get("output_dir")
+
+        others = [(other.settings, "is in the queue") for other in self._entries if other.open and other.id != entry.id]
+        if self._runner.running():
+            others.append((self._runner.settings(), "is being trained"))
+        for settings, doing in others:
+            if target(settings) == target(entry.settings):
+                raise OutputError(f"A run that writes {entry.name} {doing} already", remedy="choose another name")
+
+    def _waiting(self, entry_id: str) -> Entry:
+        entry = self.entry(entry_id)
+        if entry.state != "waiting":
+            raise SettingError(f"{entry.name} does not wait any more")
+        return entry
+
+    def _put(self, entry: Entry) -> None:
+        self._entries = [entry if other.id == entry.id else other for other in self._entries]
+
+    @contextlib.contextmanager
+    def _changed(self) -> Iterator[None]:
+        """A change of the entries: it is on the disk when the block ends, or it did not happen. Raises HostError where another
+        process works on the queue, OutputError where it cannot be written."""
+        with self._lock:
+            if not self._opened:
+                self._load()
+            entries, held = list(self._entries), self._held
+            try:
+                yield
+                with translated("writing the queue"):
+                    self._write()
+            except BaseException:
+                self._entries, self._held = entries, held
+                raise
+
+    def _load(self) -> None:
+        """Read the queue and begin to work on it."""
+        with translated("opening the queue"):
+            self._runs.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = lock_run(self._runs)  # None on a drive without locks
+            except HostError:
+                raise HostError("The queue cannot be changed here", why="another program works on it",
+                                remedy="use that one, or close it") from None
+            self._entries, self._held = _read(self._runs / FILE_NAME)
+            self._opened, self._process_lock = True, lock
+        threading.Thread(target=self._watch, name="lora-train-run-queue", daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(_POLL_SECONDS):
+            try:
+                self.check()
+            except Exception:
+                log.exception("The queue could not go on; it tries again")
+
+    def _write(self) -> None:
+        data = {"held": self._held, "entries": [dataclasses.asdict(entry) for entry in self._entries]}
+        write_atomic(self._runs / FILE_NAME, json.dumps(data, indent=1, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def _read(file: Path) -> tuple[list[Entry], bool]:
+    """What the file holds. One that is damaged is kept under another name."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        return [_entry(found) for found in data["entries"]], data["held"] is True
+    except FileNotFoundError:
+        return [], False
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        damaged = file.with_name(f"queue-damaged-{time.strftime('%Y%m%d-%H%M%S')}.json")
+        os.replace(file, damaged)
+        log.warning("The queue is damaged (%s) and begins anew; what was there is in %s", error, damaged)
+        return [], False
+
+
+def _entry(found: Mapping[str, Any]) -> Entry:
+    settings = dict(found["settings"])
+    return dataclasses.replace(from_plain(Entry, {name: value for name, value in found.items() if name != "settings"}),
+                               settings=settings)

@@ -1,0 +1,71 @@
+"""The documentation's links lead somewhere, and what it calls the page's parts are their names."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from lib_lora_train.settings import DECLARATIONS
+from lib_lora_train.settings.presets import presets
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "lib_lora_train/demo/model/README.md"]
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+CODE = re.compile(r"^(?: {4}|```).*?$|`[^`\n]*`", re.MULTILINE)
+LARGEST = 150 * 1024
+
+
+def anchors(page: Path) -> set[str]:
+    """Those that GitHub makes of the page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    plain = (re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower() for heading in headings)
+    return {"".join(c for c in text.replace(" ", "-") if c in "-_" or unicodedata.category(c)[0] in "LN") for text in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_leads_to_a_file_or_heading_that_is_there(page: Path) -> None:
+    for target in LINK.findall(CODE.sub("", page.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists() and file.is_relative_to(ROOT), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_every_page_is_reached_from_the_readme_and_every_picture_is_shown() -> None:
+    reached, ahead = set[Path](), [ROOT / "README.md"]
+    while ahead:
+        page = ahead.pop()
+        if page in reached:
+            continue
+        reached.add(page)
+        if page.suffix == ".md" and page.exists():
+            targets = LINK.findall(page.read_text(encoding="utf-8"))
+            ahead += [(page.parent / target.partition("#")[0]).resolve() for target in targets if ":" not in target]
+    assert {path for path in (ROOT / "docs").rglob("*") if path.is_file()} <= reached
+
+
+def test_pictures_of_the_tutorial_are_small() -> None:
+    assert [path.name for path in (ROOT / "docs/first-lora").iterdir() if path.stat().st_size > LARGEST] == []
+
+
+@pytest.mark.parametrize("name", [
+    "first-lora", "first-lora.zh_CN", "first-lora.ja", "character", "style", "object", "low-memory", "sdxl", "choosing-a-save"])
+def test_fields_buttons_and_presets_are_called_as_on_the_page(name: str) -> None:
+    """Short bold words are their names, but for those in `PROSE`. Of the step "5 Train" the script has the name alone."""
+    sources = [*(ROOT / "javascript").glob("*.js"), ROOT / "lib_lora_train/ui/layout.py"]
+    texts = {text for path in sources for text in re.findall(r'"[^"\n]+"', path.read_text(encoding="utf-8"))}
+    labels = {declaration.label for declaration in DECLARATIONS.values()} | {preset.name for preset in presets()}
+    text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    bold = set(re.findall(r"\*\*((?:[1-5] )?[A-Z][ -)+-~]{1,26})\*\*", text)) - labels - PROSE
+    assert {words for words in bold if not {f'"{words}"', f'"{words[2:]}"'} & texts} == set()
+
+
+PROSE = {
+    "Generate", "In the WebUI", "Without a WebUI", "The curve", "The pictures", "The sentence", "One picture only (SDXL)",
+    "Different places and light.", "Close what holds GPU memory", "Both still rise at the end", "Falling below 0", "Flat at 0",
+    "Read the verdict.", "Look, then take."}

@@ -1,0 +1,121 @@
+"""Style and word of an image, by scorers that are gated on what they never saw."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from tools.bench.real_images import HELD_OUT, STYLE
+from tools.bench.sampler import Sampler
+from tools.bench.scorers import WordScorer
+from tools.bench.style_scorer import StyleClassifier, StyleGate
+from tools.bench.styled_images import GRADED, StyledImages
+
+TRIGGER = "zorp"
+LEAST_KNOWN = 0.90
+"""Gate: of the words in a style that the word scorer never saw."""
+PAINTED_AT = (1.0, 2.0, 4.0)
+"""Guidance scales at which the model paints what is no style's."""
+SEED = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """How much is measured: steps and number of the style scorer's fits, steps of the word scorer's; every n-th held-out word;
+    seeds a word; seeds of the training; guidance scales; the sampler's steps."""
+
+    style_steps: int = 600
+    fits: int = 3
+    word_steps: int = 800
+    every: int = 1
+    seeds: int = 4
+    runs: int = 3
+    scales: tuple[float, ...] = (1.3, 2.0)
+    sampler_steps: int = 15
+
+
+THOROUGH = Extent()
+QUICK = Extent(style_steps=250, fits=1, word_steps=300, every=8, seeds=1, runs=1, scales=(2.0,), sampler_steps=10)
+
+
+@dataclasses.dataclass(frozen=True)
+class WordGate:
+    """How many held-out words a scorer knows in a style of which it saw nothing."""
+
+    style: str
+    known: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether it knows things and not drawings."""
+        return self.known >= LEAST_KNOWN
+
+
+class JointScorer:
+    """Fitted on all styles' real images and the model's own paintings.
+
+    gates    {style: (its style scorer's gate, the word scorer's)}
+    words    the held-out words that images are asked for
+    """
+
+    def __init__(self, sampler: Sampler, images: StyledImages, extent: Extent) -> None:
+        self.images, self.extent = images, extent
+        split = dict(zip(images.words, images.splits, strict=True))
+        held_out = [word for word in images.words if split[word] == HELD_OUT]
+        self.words = held_out[::extent.every]
+        self._among = torch.tensor([images.words.index(word) for word in held_out])
+        learnt = [word for word in images.words if split[word] != HELD_OUT]
+        shown = {style: images.of(style, learnt)[1] for style in images.images}
+        asked = [word for word in learnt if split[word] == STYLE][::extent.every]
+        painted = torch.cat([_sampled(sampler, asked, scale) for scale in PAINTED_AT])
+        self._style = StyleClassifier.fit(
+            {style: shown[style] for style in GRADED},
+            [*(pixels for style, pixels in shown.items() if style not in GRADED), painted, painted],
+            steps=extent.style_steps, fits=extent.fits, seed=SEED)
+        self._word = self._word_scorer(images.images)
+        self.gates = dict(zip(GRADED, zip(self._style_gates(sampler), self._word_gates(), strict=True), strict=True))
+
+    def right(self, style: str, pixels: torch.Tensor, words: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """bool [N] each, for images [N, 3, 128, 128] that were asked for `words` (held-out ones): style, word."""
+        asked = torch.tensor([self.images.words.index(word) for word in words])
+        return self._style.is_in(style, pixels), self._among[self._word.word(pixels, self._among)] == asked
+
+    def _word_scorer(self, styles: Sequence[str] | Mapping[str, object]) -> WordScorer:
+        parts = [self.images.images[style] for style in styles]
+        return WordScorer.fit(torch.cat([pixels for _, pixels in parts]), torch.cat([rows for rows, _ in parts]),
+                              steps=self.extent.word_steps, seed=SEED)
+
+    def _word_gates(self) -> list[WordGate]:
+        """By one scorer that saw none of the graded styles."""
+        others = self._word_scorer([style for style in self.images.images if style not in GRADED])
+        gates = []
+        for style in GRADED:
+            words, pixels = self.images.of(style, self.words)
+            asked = torch.tensor([self.images.words.index(word) for word in words])
+            known = self._among[others.word(pixels, self._among)] == asked
+            gates.append(WordGate(style, float(known.float().mean())))
+        return gates
+
+    def _style_gates(self, sampler: Sampler) -> list[StyleGate]:
+        painted = {f"{scale:g}": _sampled(sampler, self.words, scale) for scale in PAINTED_AT}
+        return [StyleGate(
+            style, {name: self._share(style, pixels) for name, pixels in varied(sampler, self.images.of(style, self.words)[1])},
+            {scale: self._share(style, pixels) for scale, pixels in painted.items()}) for style in GRADED]
+
+    def _share(self, style: str, pixels: torch.Tensor) -> float:
+        return float(self._style.is_in(style, pixels).float().mean())
+
+
+def varied(sampler: Sampler, pixels: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """Real images as a good copy of them might be painted: through the VAE, at other contrasts, with noise, blurred."""
+    soft = F.avg_pool2d(F.pad(pixels, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
+    return [("as it is", pixels), ("blurred", soft), ("VAE", sampler.through_vae(pixels)),
+            *((f"VAE, × {contrast}", sampler.through_vae(pixels, contrast=contrast)) for contrast in (0.7, 1.3)),
+            ("VAE, noise 0.1", sampler.through_vae(pixels, noise=0.1))]
+
+
+def _sampled(sampler: Sampler, words: Sequence[str], scale: float) -> torch.Tensor:
+    return sampler.sample([f"{TRIGGER}, {word}" for word in words], cfg_scale=scale)
