@@ -54,7 +54,7 @@ def _literals(source: str) -> Iterator[tuple[str, int, str]]:
         elif kind != "space":
             tokens.append((kind, text, start))
         previous = text if kind != "space" else previous
-    yield from _joined(tokens)
+    yield from _in_one(tokens)
 
 
 def _template(source: str, at: int) -> tuple[str, int, list[tuple[str, int]]]:
@@ -98,7 +98,7 @@ def _plain(text: str) -> str:
                        {"n": "\n", "t": "\t"}.get(found[1], found[1]), text)
 
 
-def _joined(tokens: list[tuple[str, str, int]]) -> Iterator[tuple[str, int, str]]:
+def _in_one(tokens: list[tuple[str, str, int]]) -> Iterator[tuple[str, int, str]]:
     number = 0
     while number < len(tokens):
         kind, text, start = tokens[number]

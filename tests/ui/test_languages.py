@@ -3,22 +3,24 @@ not translated."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 from PIL import Image
 
-from lib_lora_train.api import service
+from lib_lora_train.api import languages, service
 from lib_lora_train.host.standalone import StandaloneHost
+from lib_lora_train.run.runner import Runner
+from lib_lora_train.ui.standalone import make_app
 from tests.browser import ServedPage, expect, needs_browser, opened_page
-from tests.fake_host import images
+from tests.fake_host import FakeHost, images
 from tools.localization import JOINTS, texts
 
 pytestmark = needs_browser
-PATIENCE_MS = 20_000
+PATIENCE_MS = 90_000
 WORD = re.compile(r"[A-Za-z]*[a-z][A-Za-z]{2,}|[A-Za-z]{2,}[a-z]")
 # Every text and attribute of the page that is in sight and not the user's own.
 READ = """() => {
@@ -151,8 +153,12 @@ def test_english_is_neither_loaded_nor_watched(browser: object, tmp_path: Path):
         assert page.evaluate("document.querySelector('#lora_train').lang") == ""
 
 
-def test_a_catalogue_is_served_by_its_name_only(browser: object, tmp_path: Path):
-    with opened_page(browser, patience_ms=PATIENCE_MS) as page, ServedPage(tmp_path, page) as made:
-        found = page.request.get(f"{made.url}lora-train/v1/languages/zh_CN.json")
-        assert found.ok and json.loads(found.text())
-        assert page.request.get(f"{made.url}lora-train/v1/languages/..%2Fpyproject.toml").status == 404
+def test_a_catalogue_is_served_by_its_name_and_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "catalogues").mkdir()
+    (tmp_path / "secret.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "catalogues" / "ja_JP.json").write_text('{"Train": "学習"}', encoding="utf-8")
+    monkeypatch.setattr(languages, "CATALOGUES", tmp_path / "catalogues")
+    client = TestClient(make_app(FakeHost(tmp_path), runner=Runner()), base_url="http://localhost:7860")
+    assert client.get("/lora-train/v1/languages/ja_JP.json").json() == {"Train": "学習"}
+    for name in ("zh_CN.json", "..%2Fsecret.json", "..%5Csecret.json"):
+        assert client.get(f"/lora-train/v1/languages/{name}").status_code == 404
