@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lib_lora_train.settings import DECLARATIONS
+from lib_lora_train.settings import DECLARATIONS, read
 from lib_lora_train.settings.presets import presets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +63,21 @@ def test_fields_buttons_and_presets_are_called_as_on_the_page(name: str) -> None
     text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     bold = set(re.findall(r"\*\*((?:[1-5] )?[A-Z][ -)+-~]{1,26})\*\*", text)) - labels - PROSE
     assert {words for words in bold if not {f'"{words}"', f'"{words[2:]}"'} & texts} == set()
+
+
+@pytest.mark.parametrize("name", ["Character", "Style", "Object"])
+def test_the_page_of_a_purpose_has_its_presets_numbers(name: str) -> None:
+    values = next(preset.values for preset in presets() if preset.name == name)
+    by_label = {declaration.label: declaration for declaration in DECLARATIONS.values()}
+    text = (ROOT / "docs" / f"{name.lower()}.md").read_text(encoding="utf-8").partition("\n## Settings\n")[2]
+    told = {}
+    for labels, shown in re.findall(r"^\| ([A-Z][^|]+) \| ([^|]+) \|", text.partition("Worth changing")[0], re.MULTILINE):
+        told |= dict(zip(labels.split(", "), shown.split(", "), strict=True))
+    assert {"Rank", "Alpha", "Learning rate", "Flip"} <= told.keys()
+    for label, shown in told.items():
+        declaration = by_label[label]
+        read_back = {"on": True, "off": False, declaration.zero or "0": 0}.get(shown, shown)
+        assert read(declaration, read_back) == values[declaration.name], label
 
 
 PROSE = {
