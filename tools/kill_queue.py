@@ -57,20 +57,21 @@ def work_on(folder: Path) -> None:
     """Work on the queue until nothing waits."""
     queue = queue_in(folder)
     queue.open()
+    print("working", flush=True)
     while any(entry.open for entry in queue.entries()):
         time.sleep(0.2)
 
 
 def kill_often(folder: Path, *, times: int, draw: random.Random) -> None:
-    """Have processes work on the queue, each killed within some seconds, and the last one not."""
+    """Have processes work on the queue, each killed within some seconds of its work, and the last one not."""
     for number in range(times + 1):
-        process = subprocess.Popen([sys.executable, __file__, "--work", "--folder", str(folder)], cwd=ROOT,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
-        try:
-            process.wait(draw.uniform(2, 14) if number < times else None)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        with subprocess.Popen([sys.executable, __file__, "--work", "--folder", str(folder)], cwd=ROOT, stdout=subprocess.PIPE,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+            process.stdout.readline()
+            try:
+                process.wait(draw.uniform(1, 9) if number < times else None)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def wrong(folder: Path, runs: int) -> list[str]:
