@@ -3,7 +3,8 @@
     python tools/kill_queue.py --times 20 [--seed 0] [--folder DIR]
 
 A process opens the queue of a folder and trains what waits in it, a few steps each on the tiny checkpoint; it is killed
-(SIGKILL, on Windows TerminateProcess), and the next one goes on. Prints what became of the entries; exits with 1 if anything is wrong.
+(SIGKILL, on Windows TerminateProcess), and the next one goes on. Prints what became of the entries; exits with 1 if
+anything is wrong.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def fill(folder: Path, runs: int) -> None:
     queue.close()
 
 
-def work_on(folder: Path) -> None:
+def empty_queue(folder: Path) -> None:
     """Work on the queue until nothing waits."""
     queue = queue_in(folder)
     queue.open()
@@ -101,7 +102,7 @@ def main() -> int:
     chosen = parser.parse_args()
     folder = chosen.folder or Path(tempfile.mkdtemp(prefix="kill-queue-"))
     if chosen.work:
-        work_on(folder)
+        empty_queue(folder)
         return 0
     runs = chosen.times + 4
     fill(folder, runs)
