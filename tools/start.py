@@ -5,9 +5,9 @@
     python tools/start.py test [arguments of pytest]
 
 Needs Python 3.10 to 3.13 and nothing else, on Linux, macOS and Windows; for the tests 3.10 or 3.11. Run with another Python
-it looks for one of these and goes on with it. The environment is `.venv` in the repository's root; it is made anew when what it was made
-from has changed or when it no longer works, and it can be deleted at any time. It is not for the WebUI, which has its
-own.
+it looks for one of these and goes on with it. The environment is `.venv` in the repository's root; it is made anew when what
+it was made from has changed or when it no longer works, and it can be deleted at any time. It is not for the WebUI, which
+has its own.
 """
 
 from __future__ import annotations

@@ -65,20 +65,20 @@ def write(folder: Path, *, name: str = "tiny", seed: int = 0, size: Size = RANDO
     (folder / f"{name}.yaml").write_text(
         yaml.safe_dump(configuration(str(folder / f"{name}-text"), size), sort_keys=False), encoding="utf-8")
     path = folder / f"{name}.safetensors"
-    made = tensors(vocabulary=vocabulary, seed=seed, size=size)
-    save_file({key: tensor.to(dtype) for key, tensor in made.items()}, path, metadata={"format": "pt"})
+    save_file(tensors(vocabulary=vocabulary, seed=seed, size=size, dtype=dtype), path, metadata={"format": "pt"})
     return path
 
 
-def tensors(*, vocabulary: int, seed: int = 0, size: Size = RANDOM) -> dict[str, torch.Tensor]:
-    """The checkpoint's fp32 tensors, scaled so that activations, latents and images are of ordinary size."""
+def tensors(*, vocabulary: int, seed: int = 0, size: Size = RANDOM,
+            dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors, scaled so that activations, latents and images are of ordinary size."""
     generator = torch.Generator().manual_seed(seed)
     parts = {
         "model.diffusion_model": shapes.unet(_unet_size(size)),
         "first_stage_model": shapes.vae(channels=size.vae_channels, multipliers=size.vae_multipliers, blocks=size.vae_blocks),
         "cond_stage_model.transformer.text_model": shapes.clip_text(
             vocabulary=vocabulary, width=size.text_width, layers=size.text_layers)}
-    return {f"{part}.{name}": shapes.scaled(f"{part}.{name}", torch.randn(shape, generator=generator))
+    return {f"{part}.{name}": shapes.scaled(f"{part}.{name}", torch.randn(shape, generator=generator)).to(dtype)
             for part, names in parts.items() for name, shape in names}
 
 
