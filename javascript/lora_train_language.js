@@ -12,8 +12,11 @@ window.loraTrainLanguage = window.loraTrainLanguage || (function() {
     const ADDRESS = "./lora-train/v1/languages/", MOST_KEPT = 4000, DEEPEST = 4;
     const FIELD = /\{([A-Za-z_]\w*)\}/, FIELDS = /\{([A-Za-z_]\w*)\}/g, NAMED = /^(.+) \((\w+)\)$/;
     const ATTRIBUTES = ["title", "placeholder", "aria-label", "alt"];
-    const OWN = "[translate=no], textarea, script, style, [role=listbox], ul.options";
+    const OWN = "[translate=no], textarea, script, style";
+    /** What gradio lists to choose from: its field shows what was chosen as it is, so both are shown here. */
+    const CHOICES = "#lora_train [role=listbox]:not(.lts-grid), ul.options";
     /** What may stand between texts, in the order it is looked for; with `all`, only where each of them is known. */
+    const LISTS = [{at: / · /, key: "{first} · {second}", all: true}, {at: /; /, key: "{first}; {second}", all: true}];
     const JOINTS = [
         {at: /(?<=[.!?]) (?=[A-Z"'\d(])/, key: "{first} {second}"}, {at: / · /, key: "{first} · {second}"},
         {at: /; /, key: "{first}; {second}"}, {at: /: (.*)/s, key: "{first}: {second}"},
@@ -70,7 +73,7 @@ window.loraTrainLanguage = window.loraTrainLanguage || (function() {
             known.shapes.set(shapeOf(key), [translation, names]);
             // Too few words of its own to be known by: only the scripts say it, which name it.
             const words = parts.join(" ").match(/[A-Za-z]{2,}/g) || [];
-            if (words.length < (parts[0] || /^(number|counted_)/.test(names[0]) ? 1 : 2)) continue;
+            if (words.length < (parts[0] || /^(number|counted_|seconds)/.test(names[0]) ? 1 : 2)) continue;
             const holes = names.map((name) => FILLING.find(([named]) => named.test(name))[1]);
             const pattern = new RegExp("^" + parts.map((part, index) => plain(part) + (holes[index] || "")).join("") + "$");
             const begin = parts[0].includes(" ") ? firstWord(parts[0]) : "";
@@ -92,9 +95,14 @@ window.loraTrainLanguage = window.loraTrainLanguage || (function() {
                 kept.clear();
                 made.clear();
             }
-            kept.set(text, alone(text, depth) || row(text, depth));
+            kept.set(text, whole(text, depth) || row(text, depth, JOINTS, find));
         }
         return kept.get(text);
+    }
+
+    /** Of a text all of which is known. A list is one before a field takes in what the list goes on with. */
+    function whole(text, depth) {
+        return known.exact.get(text) || row(text, depth, LISTS, whole) || alone(text, depth);
     }
 
     /** Of one text: as it is, without its full stop or with one, or as it stands behind a colon. */
@@ -136,11 +144,11 @@ window.loraTrainLanguage = window.loraTrainLanguage || (function() {
     }
 
     /** Of several texts one after the other. */
-    function row(text, depth) {
-        for (const {at, key, all} of JOINTS) {
+    function row(text, depth, joints, part) {
+        for (const {at, key, all} of joints) {
             const parts = text.split(at).filter(Boolean);
             if (parts.length < 2) continue;
-            const found = parts.map((part) => find(part, depth + 1));
+            const found = parts.map((one) => part(one, depth + 1));
             if (all ? !found.every(Boolean) : !found.some(Boolean)) continue;
             const joint = (known.exact.get(key) || key).replace(FIELDS, "");
             return found.map((one, index) => one || parts[index]).join(joint);
@@ -167,7 +175,8 @@ window.loraTrainLanguage = window.loraTrainLanguage || (function() {
     function mend(node) {
         const bare = node.data.trim();
         if (!bare || made.has(bare) || !node.parentElement || node.parentElement.closest(OWN)) return;
-        const found = noted(find(bare));
+        const choice = node.parentElement.closest(CHOICES), meant = choice ? known.exact.get(bare) : find(bare);
+        const found = noted(choice && meant ? `${bare} · ${meant}` : meant);
         if (found && found !== bare) node.data = node.data.replace(bare, () => found);
     }
 

@@ -41,12 +41,14 @@
         // ---- drawing ----
 
         function tile(picture) {
-            const image = make("img", {alt: picture.name, draggable: "false", translate: "no"});
+            const image = make("img", {
+                alt: picture.name, draggable: "false", translate: "no",
+                title: picture.name + "\n" + (picture.caption || translated("No caption")),
+            });
             const aspect = Math.min(2.6, Math.max(0.45, picture.width && picture.height ? picture.width / picture.height : 1));
             const loud = picture.problems.filter((code) => !QUIET.has(code));
             const made = make("div", {
                 class: "lts-tile", role: "option", "data-id": picture.id,
-                title: picture.name + "\n" + (picture.caption || translated("No caption")),
             }, image, make("button", {
                 type: "button", class: "lts-mark", tabindex: "-1", "aria-label": translated("Select"),
             }, icon("check")), make("span", {class: "lts-caption" + (picture.caption ? "" : " lts-none"),

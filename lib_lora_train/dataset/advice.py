@@ -103,7 +103,7 @@ def _captions(report: DatasetReport, around: Circumstances) -> Iterator[Weighted
 def _images(report: DatasetReport, around: Circumstances) -> Iterator[Weighted]:
     twins = _with(report, "duplicate")
     if twins:
-        pairs = [f"{group[1].name} like {group[0].name}" for group in report.duplicates]
+        pairs = [f"{group[1].name} ≈ {group[0].name}" for group in report.duplicates]
         yield 4 + 20 * _share(twins, report), (
             f"{_count(twins, 'picture')} {_are(twins)} nearly the same as another ({some_of(pairs, 3)}), and what is shown "
             "twice is learnt twice as hard, up to copying it: keep the best of each and remove the others.")

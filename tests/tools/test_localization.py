@@ -7,13 +7,11 @@ from pathlib import Path
 import pytest
 
 from tools import texts_javascript, texts_python
-from tools.localization import CATALOGUES, LANGUAGES, faults
+from tools.localization import LANGUAGES, faults
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_text_is_translated_with_its_fields_and_nothing_else_is(language: str):
-    if not (CATALOGUES / f"{language}.json").exists():
-        pytest.skip("not translated yet")
     assert faults(language) == {}, "see `python tools/localization.py`"
 
 

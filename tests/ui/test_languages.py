@@ -24,7 +24,7 @@ PATIENCE_MS = 90_000
 WORD = re.compile(r"[A-Za-z]*[a-z][A-Za-z]{2,}|[A-Za-z]{2,}[a-z]")
 # Every text and attribute of the page that is in sight and not the user's own.
 READ = """() => {
-    const own = "[translate=no], textarea, script, style, [role=listbox], ul.options, .lora-train-hidden";
+    const own = "[translate=no], textarea, script, style, [role=listbox]:not(.lts-grid), ul.options, .lora-train-hidden";
     const found = [], seen = (element) => element.getClientRects().length && !element.closest(own);
     for (const root of document.querySelectorAll("#lora_train, #lora_train_zoom")) {
         const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT | NodeFilter.SHOW_ELEMENT);
