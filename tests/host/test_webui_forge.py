@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import runpy
 import sys
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -96,9 +98,20 @@ def engine_of(checkpoint: Mapping[str, Tensor], *, family: str = "sd1", kind: st
     bare.unet.model.predictor = SimpleNamespace(prediction_type="epsilon", alphas_cumprod=torch.linspace(0.99, 0.01, 1000))
     engine.model_config = SimpleNamespace(ztsnr=False)
     for part, end in zip(parts, ["_l", "_g"] if len(parts) > 1 else [""], strict=True):
-        setattr(engine, f"text_processing_engine{end}", SimpleNamespace(
-            text_encoder=getattr(encoders, part), id_start=1, id_end=2, comma_token=None, tokenize=lambda texts: [[3]]))
+        setattr(engine, f"text_processing_engine{end}", TextEngine(getattr(encoders, part)))
     return engine
+
+
+class TextEngine:
+    """backend.text_processing.classic_engine.ClassicTextProcessingEngine."""
+
+    id_start, id_end, comma_token = 1, 2, None
+
+    def __init__(self, text_encoder: nn.Module) -> None:
+        self.text_encoder = text_encoder
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        return [[3] for _ in texts]
 
 
 def encoder_of(text: Mapping[str, Tensor], part: str) -> nn.Module:
@@ -249,7 +262,7 @@ def test_a_lora_that_was_merged_before_is_out_of_the_weights_and_stays_out(forge
 
 
 def test_the_wish_for_another_checkpoint_does_not_disturb_and_its_loading_is_waited_out(forge):
-    told, first = [], forge.paint()
+    told, first = [], weakref.ref(forge.paint().text_processing_engine)
 
     def others(stop: object) -> None:
         forge.lock.release()
@@ -263,9 +276,11 @@ def test_the_wish_for_another_checkpoint_does_not_disturb_and_its_loading_is_wai
         forge.choose("other.safetensors")
         lease.version_check.check()
         lease.queue.yield_to_others = lambda stop: None  # whoever waited painted nothing
-        assert lease.yield_model(told.append) is not None and not told and forge.access.current() is first
+        assert lease.yield_model(told.append) is not None and not told and forge.loads == [forge.name]
         lease.queue.yield_to_others = others
         assert lease.yield_model(report) is not None
+        gc.collect()
+        assert first() is None and lease.tokenizers[0].encode("a") == [3]  # of what was loaded first nothing is kept
     assert forge.loads == [forge.name, "other.safetensors", forge.name]
     assert [type(event) for event in told] == [Stage] and forge.name in told[0].name
 

@@ -17,7 +17,7 @@ from lib_lora_train.run.runner import Runner
 from lib_lora_train.ui.standalone import make_app
 from tests.browser import ServedPage, expect, needs_browser, opened_page
 from tests.fake_host import FakeHost, images
-from tools.localization import JOINTS, texts
+from tools.localization import JOINTS, SCRIPTS, texts
 
 pytestmark = needs_browser
 PATIENCE_MS = 90_000
@@ -141,6 +141,23 @@ def test_a_run_and_the_page_results(shown: Translated):
     page.locator("#ltr .lora-train-tile").first.click()
     expect(shown.part("zoom")).to_be_visible()
     assert shown.read() == []
+
+
+def test_the_webuis_setting_or_else_the_browser_chooses_the_language(browser: object, tmp_path: Path):
+    script = (SCRIPTS / "lora_train_language.js").read_text(encoding="utf-8")
+    chosen = """([script, localization]) => {
+        window.loraTrainLanguage = undefined;
+        const props = {elem_id: "settings_json", value: JSON.stringify({localization})};
+        window.gradio_config = {components: localization === null ? [] : [{props}]};
+        (0, eval)(script);
+        return window.loraTrainLanguage.tag || "";
+    }"""
+    names = {"zh_CN": "zh-CN", "zh-Hans (Stable)": "zh-CN", "简体中文": "zh-CN",
+             "zh_TW": "zh-TW", "zh-Hant (TestSuite)": "zh-TW",
+             "zh_HK": "zh-TW", "ja_JP": "ja-JP", "日本語": "ja-JP", "None": "", "de_DE": "", "Thai": "", None: "ja-JP"}
+    with opened_page(browser, patience_ms=PATIENCE_MS, locale="ja") as page, ServedPage(tmp_path, page) as made:
+        page.goto(f"{made.url}lora-train/v1/page.css")
+        assert {name: page.evaluate(chosen, [script, name]) for name in names} == names
 
 
 def test_english_is_neither_loaded_nor_watched(browser: object, tmp_path: Path):

@@ -35,6 +35,8 @@ _TEXT_PREFIXES = {"sd1": {"clip_l": "cond_stage_model."}, "sd2": {"clip_h": "con
 _ENGINES = {"StableDiffusion3": "a Stable Diffusion 3 model", "StableDiffusionXLRefiner": "the SDXL refiner"}
 _identities: weakref.WeakKeyDictionary[Any, Identity] = weakref.WeakKeyDictionary()
 """Of the engines that were asked for while it was known: an engine itself does not know its VAE's file."""
+_refusals: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+"""Of engines, whose weights are looked through once: they are described every second."""
 
 
 def current() -> Any:
@@ -135,7 +137,9 @@ def refuse_kind(engine: Any) -> None:
 
 def describe(engine: Any) -> Checkpoint:
     """See `ModelAccess`."""
-    refusal = refusal_of(sys.modules[__name__], engine)
+    if engine not in _refusals:
+        _refusals[engine] = refusal_of(sys.modules[__name__], engine)
+    refusal = _refusals[engine]
     return described(engine.sd_checkpoint_info, family="" if refusal else _family(engine), vae=identity(engine).vae,
                      refusal=refusal)
 
