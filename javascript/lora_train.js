@@ -31,7 +31,7 @@
         const found = byId(id);
         return found && found.tagName !== "BUTTON" ? found.querySelector("button") : found;
     };
-    const translated = (text) => (window.localization && window.localization[text]) || text;
+    const translated = (...given) => window.loraTrainLanguage.translated(...given);
 
     // ---- start -------------------------------------------------------------------------------------------------
 
@@ -55,6 +55,7 @@
         if (!data) return false;
         live.dataset.attached = "yes";
         state.token = data.token;
+        window.loraTrainLanguage.watch(byId("lora_train"));
         build(live, byId("lora_train_drawn"));
         showTooltips(data.tooltips);
         for (const [id, word] of Object.entries(data.placeholders)) {
@@ -204,7 +205,7 @@
         }
         const response = await fetch(API + path, options);
         const data = await response.json().catch(() => ({}));
-        if (!response.ok) throw new Error(data.error || "The server answered " + response.status + ".");
+        if (!response.ok) throw new Error(data.error || translated`The server answered ${response.status}.`);
         return data;
     }
 
@@ -305,7 +306,7 @@
 
     function draw(answer) {
         const model = byId("lora_train_model");
-        if (model) model.textContent = answer.model ? answer.model.text : translated("No model is loaded");
+        if (model) model.textContent = translated(answer.model ? answer.model.text : "No model is loaded");
         setDisabled("lora_train_start", answer.running);
         setDisabled("lora_train_overwrite_it", answer.running);
         ["lora_train_sample", "lora_train_save_now", "lora_train_pause"].forEach(
@@ -359,14 +360,15 @@
 
     // ---- when ----------------------------------------------------------------------------------------------------
 
-    /** Call `begin` once the page is there; it answers false where it is not yet. The WebUI says when; elsewhere the page is
-     * watched until `begin` is content. */
+    /** Call `begin` once the page and its language are there; it answers false where it is not yet. The WebUI says
+     * when; elsewhere the page is watched until `begin` is content. */
     function whenThere(begin) {
         if (typeof onUiLoaded === "function") {
-            onUiLoaded(begin);
+            onUiLoaded(() => window.loraTrainLanguage.ready.then(begin));
             return;
         }
-        const watch = () => {
+        const watch = async() => {
+            await window.loraTrainLanguage.ready;
             if (begin()) return;
             const observer = new MutationObserver(() => begin() && observer.disconnect());
             observer.observe(document.documentElement, {childList: true, subtree: true});

@@ -138,22 +138,23 @@ window.loraTrainCurve = (function() {
         const entry = curve.shown ? nearest(curve.measured, step, (one) => one.step) : null;
         const point = nearest(curve.points, entry ? entry.step : step, (one) => one[0]);
         const at = entry ? entry.step : point[0];
-        rows.push(["", translated("step") + " " + at]);
+        rows.push(["", translated`step ${at}`]);
         if (entry) {
-            const kinds = [["held_out", "held-out", translated("held-out")], ["training", "training", translated("training")]];
-            for (const [kind, name, words] of kinds.filter(([kind]) => entry[kind].length)) {
-                rows.push([name, words + " " + by(entry[kind], entry["unadapted_" + kind])]);
+            for (const [kind, name] of [["held_out", "held-out"], ["training", "training"]].filter(([kind]) => entry[kind].length)) {
+                const value = by(entry[kind], entry["unadapted_" + kind]);
+                rows.push([name, kind === "training" ? translated`training ${value}` : translated`held-out ${value}`]);
                 if (kind !== curve.main) continue;
-                rows.push(["band", BANDS.map((band, index) => translated(band) + " " +
-                    by([entry[kind][index]], [entry["unadapted_" + kind][index]])).join(" · ")]);
+                const [fine, middle, coarse] = BANDS.map((_, index) => by([entry[kind][index]], [entry["unadapted_" + kind][index]]));
+                rows.push(["band", translated`fine ${fine} · middle ${middle} · coarse ${coarse}`]);
             }
         }
         if (point && Math.abs(point[0] - at) <= Math.max(1, (curve.last - curve.first) / 50)) {
             const smooth = nearest(curve.smooth, point[0], (one) => one[0]);
-            rows.push(["loss", `${translated("loss")} ${point[1].toPrecision(3)}, ${translated("smoothed")} ${smooth[1].toPrecision(3)}`]);
+            const [loss, average] = [point, smooth].map((one) => one[1].toPrecision(3));
+            rows.push(["loss", translated`loss ${loss}, smoothed ${average}`]);
         }
         const rate = nearest(curve.rates, at, (one) => one[0]);
-        if (rate) rows.push(["", translated("learning rate") + " " + rate[1].toPrecision(2)]);
+        if (rate) rows.push(["", translated`learning rate ${rate[1].toPrecision(2)}`]);
         return {at, rows};
     }
 
@@ -181,7 +182,7 @@ window.loraTrainCurve = (function() {
         const {percent} = window.loraTrainChart;
         if (!curve.shown) return translated("Loss by step");
         const [step, value] = (curve.main === "held_out" ? curve.heldOut : curve.training).slice(-1)[0];
-        return `${translated("Better than the base model")}: ${percent(value)}, ${translated("step")} ${step}`;
+        return translated`Better than the base model: ${percent(value)}, step ${step}`;
     }
 
     return function(frame, translated) {

@@ -60,7 +60,7 @@
                 const length = new DataView(await file.slice(0, 8).arrayBuffer()).getBigUint64(0, true);
                 bytes = file.slice(0, 8 + Number(length > MOST_BYTES ? MOST_BYTES : length));
             }
-            if (bytes.size > MOST_BYTES) throw new Error(file.name + ": " + translated("this is no file of settings."));
+            if (bytes.size > MOST_BYTES) throw new Error(translated`${file.name}: this is no file of settings.`);
             return bytes;
         }
 
@@ -71,7 +71,7 @@
         }
 
         function say(text, problem) {
-            show(make("div", {class: problem ? "lora-train-problem" : "lora-train-note", text}));
+            show(make("div", {class: problem ? "lora-train-problem" : "lora-train-note", text: translated(text)}));
         }
 
         function show(...elements) {
@@ -82,13 +82,13 @@
         }
 
         function tell(name, found) {
-            const head = make("div", {class: "lora-train-files-head", text: name + " · " + found.program});
+            const head = make("div", {class: "lora-train-files-head"}, make("span", {translate: "no", text: name}), " · ", translated(found.program));
             const groups = found.foreign ? KINDS.map(([kind, title]) => group(kind, translated(title), found.entries)) : [];
             const implied = Object.entries(found.implied).map(([key, value]) => key + " = " + value).join(", ");
             const notes = [...found.notes];
-            if (implied) notes.push(translated("Left out in the file, and taken as its program has it:") + " " + implied);
-            if (!found.foreign && !notes.length) notes.push(found.entries.length + " " + translated("settings were taken"));
-            show(head, ...groups.filter(Boolean), ...notes.map((text) => make("div", {class: "lora-train-note", text})));
+            if (implied) notes.push(translated`Left out in the file, and taken as its program has it: ${implied}`);
+            if (!found.foreign && !notes.length) notes.push(translated`${found.entries.length} settings were taken`);
+            show(head, ...groups.filter(Boolean), ...notes.map((text) => make("div", {class: "lora-train-note", text: translated(text)})));
         }
 
         /** What fared alike, folded but for what was not taken and what is another now. */
@@ -97,7 +97,8 @@
             if (!same.length) return null;
             return make("details", {class: "lora-train-files-" + kind, open: kind === "refused" || kind === "changed"},
                 make("summary", {text: title + ": " + same.length}), make("ul", {}, ...same.map(({name, value, text}) =>
-                    make("li", {}, make("code", {text: name + (value === "" ? "" : " = " + value)}), text && " · " + text))));
+                    make("li", {}, make("code", {translate: "no", text: name + (value === "" ? "" : " = " + value)}),
+                        text && " · " + translated(text)))));
         }
 
         async function download() {
@@ -112,21 +113,21 @@
             const {presets} = await page.api.ask("presets");
             const own = (name) => presets.some((other) => other.own && other.name.toLowerCase() === name.toLowerCase());
             const name = (window.prompt(translated("Name of the preset"), own(preset()) ? preset() : "") || "").trim();
-            if (!name || (own(name) && !window.confirm(translated("Replace the preset") + " " + name + "?"))) return;
+            if (!name || (own(name) && !window.confirm(translated`Replace the preset ${name}?`))) return;
             const saved = await page.api.ask("presets/save", {name, settings: settings()});
             fill({preset: saved.name});
-            say(translated("Saved as") + " " + saved.name + ", " + translated("version") + " " + saved.version + ".");
+            say(translated`Saved as ${saved.name}, version ${saved.version}.`);
         }
 
         async function rename() {
-            const to = (window.prompt(translated("New name of") + " " + preset(), preset()) || "").trim();
+            const to = (window.prompt(translated`New name of ${preset()}`, preset()) || "").trim();
             if (!to || to === preset()) return;
             fill({preset: (await page.api.ask("presets/rename", {name: preset(), to})).name});
         }
 
         async function remove() {
             const name = preset();
-            if (!window.confirm(translated("Delete the preset") + " " + name + "?")) return;
+            if (!window.confirm(translated`Delete the preset ${name}?`)) return;
             await page.api.ask("presets/delete", {name});
             fill({preset: ""});
         }

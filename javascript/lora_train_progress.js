@@ -18,6 +18,7 @@
         live.className = drawn.className = "lora-train-live";
         view.head = element("div", "lora-train-head");
         view.name = view.head.appendChild(element("b"));
+        view.name.translate = false;
         view.speed = view.head.appendChild(element("span"));
         view.barFrame = element("div", "progressDiv");
         view.bar = view.barFrame.appendChild(element("div", "progress"));
@@ -55,13 +56,13 @@
         function speedText(answer) {
             const step = answer.step, parts = [];
             if (!step) return "";
-            if (step.average_loss !== null) parts.push("loss " + step.average_loss.toPrecision(3));
+            if (step.average_loss !== null) parts.push(translated`loss ${step.average_loss.toPrecision(3)}`);
             if (answer.running && step.steps_per_second) parts.push(rate(step.steps_per_second));
             return parts.join(" · ");
         }
 
         function rate(perSecond) {
-            return perSecond >= 1 ? perSecond.toFixed(1) + " it/s" : (1 / perSecond).toFixed(1) + " s/it";
+            return perSecond >= 1 ? translated`${perSecond.toFixed(1)} it/s` : translated`${(1 / perSecond).toFixed(1)} s/it`;
         }
 
         function drawBar(answer) {
@@ -70,15 +71,15 @@
                 text = translated("Waiting for other work");
             } else if (answer.stage && !answer.stage.checkpoint) {
                 fraction = answer.stage.total ? answer.stage.done / answer.stage.total : 0;
-                text = answer.stage.name + (answer.stage.total ? " " + answer.stage.done + "/" + answer.stage.total : "");
+                text = translated(answer.stage.name) + (answer.stage.total ? " " + answer.stage.done + "/" + answer.stage.total : "");
             } else if (answer.step) {
                 const step = answer.step;
-                text = step.step + "/" + step.total + " · epoch " + step.epoch + "/" + step.epochs;
+                text = step.step + "/" + step.total + " · " + translated`epoch ${step.epoch}/${step.epochs}`;
             }
             if (answer.seconds_left !== null && !answer.stage && !answer.waiting) {
                 // Before steps were measured it is an estimate.
-                const about = answer.step && answer.step.seconds_left !== null ? "" : "about ";
-                text += " · " + about + duration(answer.seconds_left) + " left";
+                const time = duration(answer.seconds_left), measured = answer.step && answer.step.seconds_left !== null;
+                text += " · " + (measured ? translated`${time} left` : translated`about ${time} left`);
             }
             if (answer.stopping) text = translated(answer.stopping === "save" ? "Stopping and saving" : "Stopping");
             view.bar.style.width = (100 * fraction).toFixed(1) + "%";
@@ -91,8 +92,9 @@
             const stage = answer.running && answer.stage && answer.stage.checkpoint ? answer.stage : null;
             view.waiting.hidden = !stage;
             if (!stage) return;
-            const at = answer.step ? translated("step") + " " + answer.step.step + "/" + answer.step.total : translated("its start");
-            const text = stage.name + ". " + translated("The run stands still at") + " " + at + ".";
+            const {step} = answer, name = translated(stage.name);
+            const text = step ? translated`${name}. The run stands still at step ${step.step}/${step.total}.` :
+                translated`${name}. The run stands still at its start.`;
             // An alert is read out when its text changes.
             if (view.waitingText.textContent !== text) view.waitingText.textContent = text;
             // The WebUI's own way to load a checkpoint.
@@ -113,13 +115,13 @@
                 finished && (finished.outcome === "failed" || finished.verdict === "ruined")));
             // The verdict has a line of its own.
             const verdict = answer.diagnosed ? answer.diagnosed.message : "";
-            view.outcome.textContent = finished ? finished.message.replace(verdict, "").trim() : "";
+            view.outcome.textContent = finished ? translated(finished.message.replace(verdict, "").trim()) : "";
         }
 
         function showProblem(text) {
             view.outcome.hidden = false;
             view.outcome.classList.add("lora-train-problem");
-            view.outcome.textContent = text;
+            view.outcome.textContent = translated(text);
         }
 
         /** The result, or the newest file until there is one; the others folded below it, newest first. */
@@ -133,7 +135,7 @@
             view.result.dataset.shown = shown;
             // The last message usually names the file already.
             view.result.replaceChildren(...fileParts(first).slice(0, message.includes(first.path) ? 1 : 2));
-            view.othersCount.textContent = translated("Also saved") + ": " + others.length;
+            view.othersCount.textContent = translated`Also saved: ${others.length}`;
             view.othersList.replaceChildren(...others.map((entry) => {
                 const row = element("div", "lora-train-file");
                 row.append(...fileParts(entry));
@@ -142,13 +144,16 @@
         }
 
         function fileParts(entry) {
-            return [element("code", "", entry.lora_text), element("span", "", entry.path)];
+            const parts = [element("code", "", entry.lora_text), element("span", "", entry.path)];
+            for (const part of parts) part.translate = false;
+            return parts;
         }
 
         function drawList(list, texts) {
             list.hidden = !texts.length;
-            if ([...list.children].map((li) => li.textContent).join("\n") === texts.join("\n")) return;
-            list.replaceChildren(...texts.map((text) => element("li", "", text)));
+            if (list.dataset.shown === texts.join("\n")) return;
+            list.dataset.shown = texts.join("\n");
+            list.replaceChildren(...texts.map((text) => element("li", "", translated(text))));
         }
     };
 })();

@@ -4,8 +4,10 @@
 (function() {
     "use strict";
     const LOOK_MS = 10000, STEP_MS = 50;
-    const STATES = {waiting: "waits", running: "is being trained", done: "done", stopped: "stopped", failed: "failed",
-        interrupted: "interrupted"};
+    const stateWords = (state, translated) => ({
+        waiting: translated("waits"), running: translated("is being trained"), done: translated("done"),
+        stopped: translated("stopped"), failed: translated("failed"), interrupted: translated("interrupted"),
+    }[state] || state);
 
     /** `fill` puts settings into the fields. Returns a function to be called with each status. */
     window.loraTrainQueue = function(page, place, fill) {
@@ -27,7 +29,7 @@
                 await press();
                 problem.hidden = true;
             } catch (error) {
-                problem.textContent = error.message;
+                problem.textContent = translated(error.message);
                 problem.hidden = false;
             }
             await look();
@@ -95,10 +97,10 @@
         function row(entry, waiting) {
             const place = waiting.indexOf(entry), ended = !["waiting", "running"].includes(entry.state);
             const move = (to) => act("move", {id: entry.id, position: to}), again = (resume) => act("retry", {id: entry.id, resume});
-            const later = entry.not_before * 1000 > Date.now() ? " · " + new Date(entry.not_before * 1000).toLocaleString() : "";
+            const later = entry.not_before * 1000 > Date.now() ? " · " + new Date(entry.not_before * 1000).toLocaleString(window.loraTrainLanguage.tag) : "";
             return make("li", {class: "lora-train-queue-" + entry.state},
                 make("b", {translate: "no", text: entry.name}),
-                make("span", {text: translated(STATES[entry.state] || entry.state)}), place >= 0 && later,
+                make("span", {text: stateWords(entry.state, translated)}), place >= 0 && later,
                 make("span", {class: "lora-train-queue-buttons"},
                     place > 0 && button("↑", "Earlier", move(place - 1)),
                     place >= 0 && place < waiting.length - 1 && button("↓", "Later", move(place + 1)),
@@ -106,7 +108,7 @@
                     entry.resumable && button("Resume", "Go on where that run left off.", again(true)),
                     ended && entry.state !== "done" && button("Start anew", "Have it wait again, from its beginning.", again(false)),
                     entry.state !== "running" && button("×", "Take it out of the queue; files stay.", act("remove", {id: entry.id}))),
-                entry.message && make("div", {class: "lora-train-note", text: entry.message}));
+                entry.message && make("div", {class: "lora-train-note", text: translated(entry.message)}));
         }
 
         draw();

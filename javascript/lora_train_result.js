@@ -38,8 +38,7 @@
                 choices = now;
                 which.replaceChildren(...saved.map((file) => {
                     const made = document.createElement("option");
-                    made.textContent = nameOf(file) + (file.final ? "" : " · " + translated("epoch") + " " + file.epoch + " · " +
-                        translated("step") + " " + file.step);
+                    made.textContent = nameOf(file) + (file.final ? "" : " · " + translated`epoch ${file.epoch} · step ${file.step}`);
                     return made;
                 }));
             }

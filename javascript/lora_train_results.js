@@ -142,7 +142,7 @@
             if (now === said) return;
             said = now;
             notice.hidden = !now.text;
-            notice.replaceChildren(make("span", {text: now.text}), ...(now.more ? [button(...now.more)] : []));
+            notice.replaceChildren(make("span", {text: window.loraTrainStudio.parts.translated(now.text)}), ...(now.more ? [button(...now.more)] : []));
             notice.classList.toggle("ltr-wrong", Boolean(now.problem));
         }
 

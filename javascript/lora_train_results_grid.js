@@ -8,13 +8,18 @@
         ["unet", "UNet only", "What the picture part of the network learnt, without the text encoder's."],
         ["text", "Text encoder only", "What the text encoder learnt, without the UNet's."],
     ];
-    // What was measured: its name in the API, its label, what it says.
+    /** What was measured, by its name in the API. */
+    const LABELS = (translated) => ({
+        likeness: translated("likeness"), prompt_following: translated("prompt"), tag_recall: translated("tags"),
+        drift: translated("drift"), copy_risk: translated("copies"),
+    });
+    // Its name in the API, what it says.
     const NUMBERS = [
-        ["likeness", "likeness", "How alike the pictures are to those that were not trained on, patch by patch. Higher is better."],
-        ["prompt_following", "prompt", "How well they follow the prompt without the trigger word. About 0 is good; much lower forgets what was asked for."],
-        ["tag_recall", "tags", "How many of the prompt's tags a tagger finds in them. Higher is better."],
-        ["drift", "drift", "How far pictures without the trigger word move away from the base model's. Lower is better."],
-        ["copy_risk", "copies", "How much nearer they are to a picture that was trained than to a held-out one. Lower is better; higher copies."],
+        ["likeness", "How alike the pictures are to those that were not trained on, patch by patch. Higher is better."],
+        ["prompt_following", "How well they follow the prompt without the trigger word. About 0 is good; much lower forgets what was asked for."],
+        ["tag_recall", "How many of the prompt's tags a tagger finds in them. Higher is better."],
+        ["drift", "How far pictures without the trigger word move away from the base model's. Lower is better."],
+        ["copy_risk", "How much nearer they are to a picture that was trained than to a held-out one. Lower is better; higher copies."],
     ];
 
     /** "+12 ±3" or "+0.4 ±0.1", in hundredths. */
@@ -24,14 +29,14 @@
         return told + (spread ? " ±" + (100 * spread).toFixed(digits) : "");
     }
 
-    /** What was measured of a column of the grid, less what was measured of the base model: [{words, help, value, spread, kind}];
+    /** What was measured of a column of the grid, less what was measured of the base model: [{name, help, value, spread, kind}];
      * [] where nothing was. More likeness is what it is for; of the others the server says when they go too far. */
     function scoresOf(grid, column) {
         const scores = grid.scores[column], unadapted = grid.scores[0];
-        return NUMBERS.filter(([name]) => scores && scores[name] && Number.isFinite(scores[name].mean)).map(([name, words, help]) => {
+        return NUMBERS.filter(([name]) => scores && scores[name] && Number.isFinite(scores[name].mean)).map(([name, help]) => {
             const value = scores[name].mean - (unadapted[name].mean || 0), spread = scores[name].deviation;
             const clear = name === "likeness" && Math.abs(value) >= Math.max(0.005, spread || 0);
-            return {words, help, value, spread, kind: clear ? (value > 0 ? "good" : "bad") : null};
+            return {name, help, value, spread, kind: clear ? (value > 0 ? "good" : "bad") : null};
         });
     }
 
@@ -39,15 +44,15 @@
     function wordsOf(grid, cell, translated) {
         const zero = grid.cells.find((one) => one.column === 0 && one.prompt === cell.prompt && one.seed === cell.seed);
         const scores = cell.scores || {}, unadapted = (zero && zero.scores) || {};
-        return cell.column === 0 ? "" : NUMBERS.filter(([name]) => typeof scores[name] === "number").map(([name, words]) =>
-            `${translated(words)} ${number(scores[name] - (unadapted[name] || 0))}`).join(" · ");
+        return cell.column === 0 ? "" : NUMBERS.filter(([name]) => typeof scores[name] === "number").map(([name]) =>
+            `${LABELS(translated)[name]} ${number(scores[name] - (unadapted[name] || 0))}`).join(" · ");
     }
 
     function numbers(scores) {
         const {make, translated} = window.loraTrainStudio.parts;
-        return make("dl", {class: "ltr-numbers"}, ...scores.map(({words, help, value, spread, kind}) => make("div", {
+        return make("dl", {class: "ltr-numbers"}, ...scores.map(({name, help, value, spread, kind}) => make("div", {
             title: translated(help) + " " + translated("In hundredths; the base model is 0, ± is the spread over seeds."), "data-kind": kind,
-        }, make("dt", {text: translated(words)}), make("dd", {text: number(value, spread)}))));
+        }, make("dt", {text: LABELS(translated)[name]}), make("dd", {text: number(value, spread)}))));
     }
 
     /** What the form asks for; an empty field leaves it to the server. */
@@ -154,7 +159,7 @@
 
         function tile(found, row, column, cell, place) {
             if (!cell.done) return make("span", {class: "ltr-cell", title: translated("Not painted yet")});
-            const image = make("img", {alt: ""}), title = `${row.name} · ${results.weight(column.weight)} · ${translated("seed")} ${cell.seed}`;
+            const image = make("img", {alt: ""}), title = `${row.name} · ${results.weight(column.weight)} · ` + translated`seed ${cell.seed}`;
             app.page.pictures.showInSight(image, app.address(cell.file, true));
             return make("button", {
                 type: "button", class: "ltr-cell", title, "aria-label": title, onclick: () => app.page.zoom(places, ...place),
@@ -165,8 +170,8 @@
         function zoomable(found, list) {
             return list.map((row) => row.columns.flatMap((column) => cellsOf(found.grid, column.index).map((cell) => (cell.done ? {
                 path: app.address(cell.file, false), small: app.address(cell.file, true),
-                title: row.save === BASE ? row.name : `${row.name} ${translated("at")} ${results.weight(column.weight)}`,
-                about: [`${translated("seed")} ${cell.seed}`, wordsOf(found.grid, cell, translated), found.grid.prompts[prompt].text]
+                title: row.save === BASE ? row.name : translated`${row.name} at ${results.weight(column.weight)}`,
+                about: [translated`seed ${cell.seed}`, wordsOf(found.grid, cell, translated), found.grid.prompts[prompt].text]
                     .filter(Boolean).join(" · "),
             } : null))));
         }
@@ -193,12 +198,12 @@
                         const chosen = best && best.save === row.save && !column.part && Math.abs(best.weight - column.weight) < 1e-6;
                         return make("div", {class: "ltr-column", role: "cell", "data-best": Boolean(chosen)},
                             row.save === BASE ? null : weightLine(column, chosen),
-                            column.problem ? make("small", {class: "ltr-problem", text: column.problem}) :
+                            column.problem ? make("small", {class: "ltr-problem", text: translated(column.problem)}) :
                                 make("div", {class: "ltr-cells"}, ...cellsOf(grid, column.index).map((cell) =>
                                     tile(found, row, column, cell, [number, place++]))),
                             scores.length ? numbers(scores) : null,
                             scores.length && grid.scores[column.index].leaves.length ? make("small", {class: "ltr-problem ltr-leaves",
-                                text: grid.scores[column.index].leaves.join("; ")}) : null);
+                                text: grid.scores[column.index].leaves.map((one) => translated(one)).join("; ")}) : null);
                     })));
             }));
         }
@@ -212,7 +217,7 @@
                 prompt = chosen;
                 known = "";
                 draw();
-            }, {id: "lora_train_grid_prompt", label: "Prompt"}));
+            }, {id: "lora_train_grid_prompt", label: "Prompt", own: true}));
         }
 
         function draw() {
@@ -227,7 +232,7 @@
             if (now === known) return;
             known = now;
             const said = grid ? grid.notes : [];
-            notes.replaceChildren(...said.map((text) => make("p", {class: "lts-quiet", text})));
+            notes.replaceChildren(...said.map((text) => make("p", {class: "lts-quiet", text: translated(text)})));
             table.hidden = picker.hidden = !grid;
             if (!grid) return;
             drawPicker(found);

@@ -22,7 +22,7 @@
         function entry({name: path, gain}) {
             // The studio's datasets have all of their pictures in one folder.
             const name = path.split("/").pop();
-            const words = `${name}: ${percent(gain)}`, face = make("span", {class: "ltr-name"}, make("b", {text: name}),
+            const words = `${name}: ${percent(gain)}`, face = make("span", {class: "ltr-name", translate: "no"}, make("b", {text: name}),
                 make("small", {text: percent(gain)}));
             if (!app.found.dataset) return make("li", {title: words}, face);
             const studio = window.loraTrainStudio.app, image = make("img", {alt: ""});
@@ -52,8 +52,7 @@
                 list("Never learnt", "The LoRA does hardly better on them than the base model: a wrong caption, or a picture that is unlike the others.", never),
                 list("Learnt at once", "Far better than the rest: a copy, a very simple picture, or too many repeats of it.", atOnce),
                 never.length + atOnce.length ? null : make("p", {
-                    class: "lts-quiet", text: `${translated("All of them are learnt alike")}: ${percent(all[0].gain)} – ` +
-                        percent(all[all.length - 1].gain),
+                    class: "lts-quiet", text: translated`All of them are learnt alike: ${percent(all[0].gain)} – ${percent(all[all.length - 1].gain)}`,
                 })].filter(Boolean));
         }
 

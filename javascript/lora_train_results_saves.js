@@ -8,10 +8,14 @@
 
     /** By its epoch, unless that has several saves. */
     results.saveName = (app, save) => {
-        const {translated} = window.loraTrainStudio.parts, {saves} = app.found;
-        const alone = saves.every((one) => one.epoch !== save.epoch || one.step === save.step);
-        return alone && save.epoch ? translated("epoch") + " " + save.epoch : translated("step") + " " + save.step;
+        const {translated} = window.loraTrainStudio.parts;
+        return byEpoch(app, save) ? translated`epoch ${save.epoch}` : translated`step ${save.step}`;
     };
+
+    function byEpoch(app, save) {
+        const alone = app.found.saves.every((one) => one.epoch !== save.epoch || one.step === save.step);
+        return Boolean(alone && save.epoch);
+    }
 
     /** A picture of a save that opens in full size; null where there is none. */
     results.picture = function(app, save) {
@@ -92,7 +96,7 @@
             if (!window.confirm(translated("Delete these files?") + "\n" + names)) return null;
             return app.act(() => app.page.api.ask("results/delete", {run: app.found.run, saves: saves.map((save) => save.id)}), () => {
                 chosen.clear();
-                app.say(translated("Deleted") + ": " + names);
+                app.say(translated`Deleted: ${names}`);
             });
         }
 
@@ -100,13 +104,13 @@
             const saves = app.found.saves.filter((save) => save.exists), marked = saves.filter((save) => chosen.has(save.id));
             const rows = comparable(marked);
             return make("div", {class: "ltr-line"}, make("h4", {text: count(saves.length, "save")}),
-                marked.length ? button(translated("Compare") + " " + marked.length, () => app.page.zoom(
+                marked.length ? button(translated`Compare ${marked.length}`, () => app.page.zoom(
                     rows, 0, rows[0].findIndex(Boolean), {beside: true}), {
                     drawn: "split", id: "lora_train_compare", disabled: !rows.length,
                     title: rows.length ? "Their pictures side by side" : marked.length < 2 ? "Mark another one to compare with" :
                         "There are no pictures of several of them; paint the grid with them",
                 }) : null,
-                marked.length ? button(translated("Delete") + " " + marked.length, () => remove(marked), {
+                marked.length ? button(translated`Delete ${marked.length}`, () => remove(marked), {
                     drawn: "remove", id: "lora_train_delete",
                 }) : make("span", {class: "lts-quiet", text: saves.length > 1 ? translated("Mark some to compare them") : ""}));
         }
@@ -114,9 +118,9 @@
         function card(save) {
             const {found} = app, {percent} = window.loraTrainChart, better = betterOf(found, save), name = results.saveName(app, save);
             const best = found.recommended && found.recommended.save === save.id;
-            const weight = best ? found.recommended.weight : 1, byStep = name.endsWith(" " + save.step) && save.step !== save.epoch;
+            const weight = best ? found.recommended.weight : 1;
             const mark = make("input", {
-                type: "checkbox", class: "ltr-mark", checked: chosen.has(save.id), disabled: !save.exists, "aria-label": translated("Mark") + " " + name,
+                type: "checkbox", class: "ltr-mark", checked: chosen.has(save.id), disabled: !save.exists, "aria-label": translated`Mark ${name}`,
                 onchange: (event) => {
                     chosen[event.target.checked ? "add" : "delete"](save.id);
                     known = "";
@@ -130,7 +134,7 @@
                     class: "ltr-better", "data-good": better > 0, text: percent(better),
                     title: translated("How much lower its loss is than that of the base model, on the same pictures with the same noise."),
                 })),
-                make("small", {text: [byStep ? translated("epoch") + " " + save.epoch : translated("step") + " " + save.step, save.is_result && translated("the LoRA"),
+                make("small", {text: [byEpoch(app, save) ? translated`step ${save.step}` : translated`epoch ${save.epoch}`, save.is_result && translated("the LoRA"),
                     best && translated("recommended"), !save.exists && translated("deleted")].filter(Boolean).join(" · ")}),
                 save.exists ? make("div", {class: "ltr-tools"},
                     button("Take this one", () => results.take(app, save, weight), {disabled: save.is_result && !best, title: save.is_result && !best ?

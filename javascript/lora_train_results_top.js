@@ -11,7 +11,7 @@
         if (!found) return "";
         const [year, month, day, hour, minute] = found.slice(1, 6).map(Number);
         return new Date(year, month - 1, day, hour, minute).toLocaleString(
-            undefined, {day: "numeric", month: "short", hour: "2-digit", minute: "2-digit"});
+            window.loraTrainLanguage.tag, {day: "numeric", month: "short", hour: "2-digit", minute: "2-digit"});
     }
 
     function duration(seconds) {
@@ -26,8 +26,10 @@
         const empty = make("div", {class: "ltr-empty", hidden: true});
         let known = "";
 
-        const label = (run) => [run.name || run.id, when(run.id), run.outcome === "done" ? "" : translated(run.outcome)]
-            .filter(Boolean).join(" · ");
+        const label = (run) => [run.name || run.id, when(run.id), {
+            stopped: translated("stopped"), failed: translated("failed"), interrupted: translated("interrupted"),
+            running: translated("running"),
+        }[run.outcome]].filter(Boolean).join(" · ");
 
         async function report() {
             // No link could show the token; the page is put together here and shown from memory.
@@ -50,10 +52,10 @@
             const {runs, found} = app;
             element.hidden = !found;
             if (!found || !runs) return;
-            const facts = [found.trigger_word && `${translated("trigger word")}: ${found.trigger_word}`].filter(Boolean);
+            const facts = [found.trigger_word && translated`trigger word: ${found.trigger_word}`].filter(Boolean);
             element.replaceChildren(
                 make("div", {class: "lts-name"},
-                    choice(runs.map((run) => [run.id, label(run)]), found.run, app.choose, {id: "lora_train_results_run", label: "Run"}),
+                    choice(runs.map((run) => [run.id, label(run)]), found.run, app.choose, {id: "lora_train_results_run", label: "Run", own: true}),
                     make("span", {class: "lts-quiet", text: facts.join(" · ")})),
                 make("div", {class: "lts-actions"}, button("Open report", report, {
                     drawn: "caption", id: "lora_train_results_report",
@@ -79,7 +81,7 @@
             if (!going) return;
             const share = task.total ? task.done / task.total : 0;
             const left = task.seconds_left === null || task.seconds_left === undefined ? "" :
-                " · " + duration(task.seconds_left) + " " + translated("left");
+                " · " + translated`${duration(task.seconds_left)} left`;
             const count = task.total ? " " + task.done + "/" + task.total : "";
             const inner = make("div", {class: "progress", text: task.stopping ? translated("Stopping") : translated(task.name) + count + left});
             inner.style.width = (100 * Math.min(1, share)).toFixed(1) + "%";
@@ -116,9 +118,8 @@
             const best = found.recommended, save = best && found.saves.find((one) => one.id === best.save);
             if (best && save) {
                 return {
-                    title: `${translated("Recommended")}: ${results.saveName(app, save)} ${translated("at")} ${results.weight(best.weight)}` +
-                        (save.is_result ? " · " + translated("the LoRA") : ""),
-                    text: best.reason, save, weight: best.weight, paint: !judged(found), words: "Paint the grid to be surer",
+                    title: translated`Recommended: ${results.saveName(app, save)} at ${results.weight(best.weight)}` + (save.is_result ? " · " + translated("the LoRA") : ""),
+                    text: translated(best.reason), save, weight: best.weight, paint: !judged(found), words: "Paint the grid to be surer",
                 };
             }
             const grid = found.grid, usable = found.saves.filter((one) => one.exists);
@@ -128,7 +129,7 @@
             return {
                 title: translated("Which save is the best?"), paint: true,
                 text: grid && grid.progress.done < grid.progress.total ?
-                    `${translated("The grid is painted in part")}: ${grid.progress.done} / ${grid.progress.total}.` :
+                    translated`The grid is painted in part: ${grid.progress.done} / ${grid.progress.total}.` :
                     translated("Paint the same pictures with each save, and judge them: likeness, prompt, drift and copies."),
                 words: grid ? "Go on painting" : "Paint the grid",
             };

@@ -10,6 +10,8 @@
         let known = null, run = null;
         const text = document.createElement("span"), press = document.createElement("button");
         text.className = "lora-train-resume-text";
+        const name = text.appendChild(document.createElement("span")), told = text.appendChild(document.createElement("span"));
+        name.translate = false;
         press.id = "lora_train_resume_it";
         press.textContent = translated("Resume");
         press.title = translated("Go on where that run left off, with the settings it had.");
@@ -31,9 +33,9 @@
         function draw() {
             place.hidden = !run;
             if (!run) return;
-            const step = translated("step") + " " + run.resume_step + (run.total ? "/" + run.total : "");
-            const told = run.outcome === "interrupted" ? ": " + run.message : " · " + step;
-            text.textContent = run.name + told;
+            const step = translated`step ${run.resume_step + (run.total ? "/" + run.total : "")}`;
+            name.textContent = run.name;
+            told.textContent = run.outcome === "interrupted" ? ": " + translated(run.message) : " · " + step;
         }
 
         return async function(answer) {

@@ -14,7 +14,7 @@ window.loraTrainStrip = function(place, page) {
 
     const address = (run, file, small) => `results/file?run=${encodeURIComponent(run)}&name=${encodeURIComponent(file)}` + (small ? "&small=1" : "");
     const words = (picture) => (picture.step === 0 ? translated("Base model") :
-        translated("step") + " " + picture.step + " · " + translated("epoch") + " " + picture.epoch);
+        translated`step ${picture.step} · epoch ${picture.epoch}`);
 
     function rows(run, samples, steps) {
         return samples.map(({prompt, pictures: list}) => steps.map((step) => {
@@ -28,7 +28,7 @@ window.loraTrainStrip = function(place, page) {
     }
 
     function tile(entry) {
-        const made = tiles.get(entry.file) || make("button", {type: "button", class: "lora-train-tile"},
+        const made = tiles.get(entry.file) || make("button", {type: "button", class: "lora-train-tile", translate: "no"},
             make("img", {alt: "", loading: "lazy"}),
             make("span", {text: entry.step === 0 ? translated("base") : String(entry.step)}));
         if (!tiles.has(entry.file)) {
@@ -52,7 +52,7 @@ window.loraTrainStrip = function(place, page) {
         const steps = [...new Set(list.flatMap((row) => row.pictures.map((one) => one.step)))].sort((a, b) => a - b);
         const entries = rows(run, list, steps), focused = document.activeElement;
         scroller.replaceChildren(...entries.map((row, index) => make("div", {class: "lora-train-strip-row"},
-            make("div", {class: "lora-train-prompt", text: list[index].prompt, title: list[index].prompt}),
+            make("div", {class: "lora-train-prompt", translate: "no", text: list[index].prompt, title: list[index].prompt}),
             make("div", {class: "lora-train-tiles"}, ...row.map((entry, column) => {
                 if (!entry) return make("span", {class: "lora-train-tile"});
                 const made = tile(entry);

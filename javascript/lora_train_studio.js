@@ -223,7 +223,7 @@
             const line = app.notice;
             if (!line) return;
             line.hidden = !app.said.text;
-            line.textContent = app.said.text;
+            line.textContent = studio.parts.translated(app.said.text);
             line.classList.toggle("lts-problem", app.said.problem);
         }
 

@@ -78,7 +78,7 @@
             let sent = 0;
             const told = () => {
                 app.uploaded = sent / total;
-                app.uploading = translated("Uploading") + " " + sent + "/" + total;
+                app.uploading = translated`Uploading ${sent}/${total}`;
                 app.draw();
             };
             const send = async() => {
@@ -209,7 +209,7 @@
                 ...state.datasets.map((dataset) => make("button", {
                     type: "button", class: "lts-card",
                     onclick: () => app.enter({name: dataset.name}),
-                }, icon("folder"), make("b", {text: dataset.name}),
+                }, icon("folder"), make("b", {translate: "no", text: dataset.name}),
                 make("small", {text: count(dataset.pictures, "picture")})))));
         }
 

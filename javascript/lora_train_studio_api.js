@@ -26,7 +26,7 @@
             }
             if (!response.ok) {
                 const data = await response.json().catch(() => ({}));
-                const error = new Error(data.error || "The server answered " + response.status + ".");
+                const error = new Error(data.error || studio.parts.translated`The server answered ${response.status}.`);
                 throw Object.assign(error, {status: response.status});
             }
             return response;

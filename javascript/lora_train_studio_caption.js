@@ -66,7 +66,7 @@
             const shown = all.filter((source) => usable(source) || looks(source)), absent = all.filter((one) => !shown.includes(one));
             sources.replaceChildren(...shown.map((source) => make("button", {
                 type: "button", class: "lts-source" + (usable(source) ? "" : " lts-absent"), role: "radio",
-                "data-source": source.name, title: source.missing || null,
+                "data-source": source.name, title: source.missing ? translated(source.missing) : null,
                 "aria-checked": String(Boolean(current) && source.name === current.name), onclick: () => {
                     app.source = source.name;
                     draw();
@@ -74,14 +74,14 @@
             }, translated(source.label), usable(source) ? null : make("small", {text: translated("not here yet")}))));
             const lacking = current && !usable(current);
             need.hidden = !lacking;
-            need.replaceChildren(...(lacking ? [current.missing, fetched(current) ? button("Download it", () => {
+            need.replaceChildren(...(lacking ? [translated(current.missing), fetched(current) ? button("Download it", () => {
                 values.download = true;
                 known = "";
                 draw();
             }, {title: "About 400 MB from huggingface.co, when captioning begins", id: "lora_train_download"}) : ""] : []));
             others.hidden = !absent.length;
             othersList.replaceChildren(...absent.map((source) => make("li", {},
-                make("b", {text: translated(source.label)}), " ", source.missing)));
+                make("b", {text: translated(source.label)}), " ", translated(source.missing))));
         }
 
         function control(option) {
@@ -92,7 +92,7 @@
             const id = "lora_train_tag_" + name;
             if (type === "bool") return tick(label, values[name], set, help);
             if (option.choices && option.choices.length) {
-                const choices = option.choices.map((value) => [value, MODES[value] || value]);
+                const choices = option.choices.map((value) => [value, translated(MODES[value] || value)]);
                 return field(label, choice(choices, values[name], set, {id}), help);
             }
             if (type === "str") return field(label, textBox(values[name], set, {id}), help);
@@ -125,7 +125,7 @@
             const scored = app.view.shown.pictures.filter(({score, painted}) => typeof score === "number" && painted);
             legend.hidden = !scored.length;
             results.replaceChildren(...scored.slice().sort((a, b) => a.score - b.score).slice(0, 12).map((picture) => {
-                const original = make("img", {alt: picture.name});
+                const original = make("img", {alt: picture.name, translate: "no"});
                 app.pictures.show(original, studio.thumbPath(picture));
                 const painted = Array.from({length: picture.painted}, (_, n) => {
                     const image = make("img", {alt: translated("Painted from the caption")});
@@ -134,7 +134,7 @@
                     return image;
                 });
                 return make("button", {
-                    type: "button", class: "lts-pair", title: picture.caption, onclick: () => app.select([picture.id]),
+                    type: "button", class: "lts-pair", translate: "no", title: picture.caption, onclick: () => app.select([picture.id]),
                 }, original, ...painted, make("b", {text: Math.round(picture.score) + " · " + Math.round(picture.likeness)}));
             }));
         }
@@ -143,7 +143,7 @@
             const current = chosen();
             run.disabled = app.working() || !current || !usable(current) || !app.scopeSize();
             check.disabled = app.working() || !app.scopeSize();
-            run.lastChild.textContent = translated("Caption") + " " + app.scopeWords();
+            run.lastChild.textContent = translated`Caption ${app.scopeWords()}`;
             const now = JSON.stringify([app.view.state.sources, current && current.name,
                 app.view.shown.pictures.map(({id, score, painted}) => [id, score, painted])]);
             if (now === known) return;

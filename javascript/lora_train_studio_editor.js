@@ -5,7 +5,7 @@
 
     studio.editor = function(app) {
         const {make, button, count, later, translated} = studio.parts;
-        const image = make("img", {class: "lts-large"}), name = make("b", {class: "lts-file"});
+        const image = make("img", {class: "lts-large", translate: "no"}), name = make("b", {class: "lts-file", translate: "no"});
         const about = make("span", {class: "lts-quiet"}), wrong = make("div", {class: "lts-wrong"});
         const caption = make("textarea", {
             class: "lts-input", rows: "4", id: "lora_train_caption", "aria-label": translated("Caption"),
@@ -85,9 +85,9 @@
             about.textContent = picture.width ? picture.width + "×" + picture.height : "";
             const why = picture.caption_problem, unread = picture.problems.includes("unreadable_caption");
             wrong.replaceChildren(make("b", {text: studio.problemWords(picture.problems)}),
-                make("div", {text: picture.why}),
+                make("div", {text: translated(picture.why)}),
                 // What is odd about a caption that can be read is no problem.
-                make("div", {class: unread ? null : "lts-quiet", text: why}),
+                make("div", {class: unread ? null : "lts-quiet", text: translated(why)}),
                 picture.held_out ? make("div", {class: "lts-quiet", text: translated(studio.HELD_OUT)}) : "",
                 picture.masked ? make("div", {class: "lts-quiet", text: translated(studio.MASKS_USED)}) : "");
             wrong.hidden = !picture.problems.length && !why && !picture.masked && !picture.held_out;

@@ -25,12 +25,12 @@
         const search = textBox("", (text) => app.filterBy({text}, true), {
             placeholder: "Search captions", id: "lora_train_search", label: "Search captions",
         });
-        const sort = choice(SORTS, "name", (chosen) => {
+        const sort = choice(SORTS.map(([value, words]) => [value, translated(words)]), "name", (chosen) => {
             view.sort = chosen;
             app.turn(0);
         }, {id: "lora_train_sort", label: "Order"});
         const empty = tick("without caption", false, (on) => app.filterBy({empty_only: on}));
-        const changed = tick("changed", false, (on) => app.filterBy({changed_only: on}));
+        const changed = tick("with changes", false, (on) => app.filterBy({changed_only: on}));
         const bar = make("div", {class: "lts-selection"}), pager = make("div", {class: "lts-pager"});
         const nothing = make("div", {class: "lts-nothing", hidden: true}), few = make("p", {class: "lts-quiet lts-few"});
         const element = make("div", {class: "lts-gallery"},
@@ -41,16 +41,18 @@
         // ---- drawing ----
 
         function tile(picture) {
-            const image = make("img", {alt: picture.name, draggable: "false"});
+            const image = make("img", {
+                alt: picture.name, draggable: "false", translate: "no",
+                title: picture.name + "\n" + (picture.caption || translated("No caption")),
+            });
             const aspect = Math.min(2.6, Math.max(0.45, picture.width && picture.height ? picture.width / picture.height : 1));
             const loud = picture.problems.filter((code) => !QUIET.has(code));
             const made = make("div", {
                 class: "lts-tile", role: "option", "data-id": picture.id,
-                title: picture.name + "\n" + (picture.caption || translated("No caption")),
             }, image, make("button", {
                 type: "button", class: "lts-mark", tabindex: "-1", "aria-label": translated("Select"),
             }, icon("check")), make("span", {class: "lts-caption" + (picture.caption ? "" : " lts-none"),
-                text: picture.caption || translated("No caption")}));
+                translate: picture.caption ? "no" : null, text: picture.caption || translated("No caption")}));
             made.style.setProperty("--aspect", aspect.toFixed(3));
             made.classList.toggle("lts-slim", aspect < 0.9);
             const badges = make("span", {class: "lts-badges"});
@@ -87,12 +89,13 @@
                 made.classList.toggle("lts-current", made.dataset.id === view.current);
             }
             const size = view.selected.size;
-            const words = size ? size + " " + translated("selected") : count(view.shown.total, "picture") +
-                (app.filtered() ? " " + translated("of") + " " + app.dataset().pictures : "");
+            const pictures = count(view.shown.total, "picture");
+            const words = size ? translated`${size} selected` :
+                app.filtered() ? translated`${pictures} of ${app.dataset().pictures}` : pictures;
             const held = app.dataset().held_out;
             const tools = [make("b", {class: "lts-count", text: words}, held.pictures && !size ? make("span", {
                 class: "lts-quiet lts-out", title: translated(studio.HELD_OUT),
-                text: " · " + held.pictures + " " + translated("held out"),
+                text: " · " + translated`${held.pictures} held out`,
             }) : "")];
             if (size) {
                 tools.push(
@@ -110,8 +113,7 @@
             }
             bar.replaceChildren(...tools.filter(Boolean));
             few.hidden = !held.share || app.dataset().pictures >= held.fewest;
-            few.textContent = translated("With fewer than") + " " + held.fewest + " " +
-                translated("pictures, crops of them are measured on.");
+            few.textContent = translated`With fewer than ${held.fewest} pictures, crops of them are measured on.`;
         }
 
         function drawPager() {
@@ -240,7 +242,7 @@
             if (!chosen.length) return null;
             view.selected.clear();
             return app.act(() => app.api.ask("remove", {ids: chosen}),
-                () => count(chosen.length, "picture") + " " + translated("removed; Undo brings them back."));
+                () => translated`${count(chosen.length, "picture")} removed; Undo brings them back.`);
         };
 
         return {element, draw, grid, move, toggle: () => view.current && pick(view.current, {ctrlKey: true, target: grid})};

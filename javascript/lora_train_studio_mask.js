@@ -38,7 +38,7 @@
 
     studio.maskPanel = function(app) {
         const {make, button, pills, translated} = studio.parts, picture = app.cropping;
-        const image = make("img", {alt: picture.name, draggable: "false"}), cover = canvas(picture);
+        const image = make("img", {alt: picture.name, draggable: "false", translate: "no"}), cover = canvas(picture);
         cover.className = "lts-cover";
         cover.id = "lora_train_cover";
         const stage = make("div", {class: "lts-stage", id: "lora_train_stage"}, image, cover), ink = cover.getContext("2d");
@@ -103,7 +103,7 @@
 
         const element = make("div", {},
             make("p", {class: "lts-quiet", id: "lora_train_masks_used", text: translated(studio.MASKS_USED)}),
-            make("div", {class: "lts-line lts-go"}, make("b", {text: picture.name}),
+            make("div", {class: "lts-line lts-go"}, make("b", {translate: "no", text: picture.name}),
                 pills([[false, "Paint"], [true, "Wipe"]], false, (wipe) => {
                     erase = wipe;
                 }, "Brush"), pills(BRUSHES, brush, (size) => {

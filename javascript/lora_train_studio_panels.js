@@ -46,7 +46,7 @@
     // ---- 2 Check ---------------------------------------------------------------------------------------------------
 
     const COUNTED = {
-        broken: "cannot be used", duplicate: "nearly the same as another", small: "too small", blurry: "blurry",
+        broken: "cannot be used", duplicate: "nearly the same as another", small: "too small", blurry: "too blurry",
         narrow: "very narrow", unreadable_caption: "with a caption that cannot be read",
         deep_crop: "cut deep by the crop", no_caption: "without caption", empty_caption: "with an empty caption",
         long_caption: "with a long caption",
@@ -79,7 +79,7 @@
             const report = app.dataset().report;
             look.disabled = app.working();
             show.hidden = go.hidden = !report;
-            go.lastChild.textContent = translated("Next") + ": " + translated(nextStep().name);
+            go.lastChild.textContent = translated`Next: ${translated(nextStep().name)}`;
             const now = JSON.stringify(report);
             if (now === known) return;
             known = now;
@@ -98,10 +98,10 @@
                     },
                 }, make("b", {text: number}), " " + translated(COUNTED[code] || code)));
             told.replaceChildren(
-                make("p", {class: "lts-summary", text: report.summary}),
+                make("p", {class: "lts-summary", text: translated(report.summary)}),
                 chips.length ? make("div", {class: "lts-chips"}, ...chips) :
                     make("p", {class: "lts-fine", text: translated("Nothing to mend.")}),
-                make("ol", {class: "lts-advice"}, ...report.advice.map((text) => make("li", {text: text}))));
+                make("ol", {class: "lts-advice"}, ...report.advice.map((text) => make("li", {text: translated(text)}))));
         }
 
         return {element, draw, close: () => URL.revokeObjectURL(address)};
@@ -210,9 +210,12 @@
                 lines.push(count(dataset.pictures - dataset.held_out.pictures, "picture"));
             }
             if (dataset.held_out.pictures) {
-                lines.push(count(dataset.held_out.pictures, "more picture") + " " + translated("to measure on, held out of training."));
+                const {pictures} = dataset.held_out;
+                lines.push(pictures === 1 ? translated("1 more picture to measure on, held out of training.") :
+                    translated`${pictures} more pictures to measure on, held out of training.`);
             }
-            if (app.view.empty) lines.push(app.view.empty + " " + translated("pictures have no caption yet."));
+            if (app.view.empty) lines.push(app.view.empty === 1 ? translated("1 picture has no caption yet.") :
+                translated`${app.view.empty} pictures have no caption yet.`);
             if (dataset.unsaved) lines.push(translated("The changed captions are saved first."));
             about.replaceChildren(make("p", {class: "lts-summary", text: lines[0]}),
                 ...lines.slice(1).map((text) => make("p", {class: "lts-quiet", text: text})));

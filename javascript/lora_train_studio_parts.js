@@ -22,7 +22,7 @@
         search: "M11 5a6 6 0 1 1 0 12 6 6 0 0 1 0-12M15.5 15.5L20 20",
     };
 
-    const translated = (text) => (window.localization && window.localization[text]) || text;
+    const translated = (...given) => window.loraTrainLanguage.translated(...given);
 
     /** An element; properties that start with "on" are listeners, others attributes, but for class and text. */
     function make(tag, properties, ...children) {
@@ -95,12 +95,12 @@
         return box;
     }
 
-    /** choices: [value, words]. */
-    function choice(choices, value, change, {id = "", label = ""} = {}) {
+    /** choices: [value, words], as they are shown; with `own` there are names of the user's among them. */
+    function choice(choices, value, change, {id = "", label = "", own = false} = {}) {
         const list = make("select", {
-            class: "lts-input", id: id || null, "aria-label": label ? translated(label) : null,
+            class: "lts-input", id: id || null, "aria-label": label ? translated(label) : null, translate: own ? "no" : null,
             onchange: () => change(choices[list.selectedIndex][0]),
-        }, ...choices.map(([, words]) => make("option", {text: translated(words)})));
+        }, ...choices.map(([, words]) => make("option", {text: words})));
         list.selectedIndex = Math.max(0, choices.findIndex(([known]) => known === value));
         return list;
     }
@@ -121,8 +121,8 @@
     }
 
     /** "1 picture", "2 pictures". */
-    function count(number, one, many) {
-        return number.toLocaleString() + " " + translated(number === 1 ? one : many || one + "s");
+    function count(number, one) {
+        return translated(number === 1 ? "1 " + one : number.toLocaleString("en") + " " + one + "s");
     }
 
     /** Runs `what` once, that long after the last call. */

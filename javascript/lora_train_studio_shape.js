@@ -58,7 +58,7 @@
             addresses = made.map(([, address]) => address);
             samples.classList.remove("lts-waiting");
             samples.replaceChildren(...made.map(([picture, address]) => {
-                const image = make("img", {src: address, alt: picture.name});
+                const image = make("img", {src: address, alt: picture.name, translate: "no"});
                 const size = make("span", {class: "lts-quiet"});
                 image.addEventListener("load", () => {
                     size.textContent = image.naturalWidth + "×" + image.naturalHeight;
@@ -75,7 +75,7 @@
         function draw() {
             const {selected, shown} = app.view;
             run.disabled = app.working() || !app.scopeSize();
-            run.lastChild.textContent = translated("Crop") + " " + app.scopeWords();
+            run.lastChild.textContent = translated`Crop ${app.scopeWords()}`;
             back.hidden = !shown.pictures.some((picture) => picture.shaped && (!selected.size || selected.has(picture.id)));
             const now = JSON.stringify([[...selected], shown.pictures.slice(0, SAMPLES).map(({id, stamp}) => [id, stamp])]);
             if (now === known) return;
@@ -96,7 +96,7 @@
 
     studio.cropPanel = function(app) {
         const {make, button, pills, translated} = studio.parts, picture = app.cropping;
-        const image = make("img", {alt: picture.name, draggable: "false"});
+        const image = make("img", {alt: picture.name, draggable: "false", translate: "no"});
         const box = make("div", {class: "lts-cut", tabindex: "0", "aria-label": translated("What is kept")},
             ...["nw", "ne", "sw", "se"].map((corner) => make("i", {"data-corner": corner})));
         const stage = make("div", {class: "lts-stage", id: "lora_train_stage"}, image, box);
@@ -106,7 +106,7 @@
         app.pictures.show(image, studio.picturePath(picture));
 
         const element = make("div", {},
-            make("div", {class: "lts-line lts-go"}, make("b", {text: picture.name}), pills(SHAPES, 0, (chosen) => {
+            make("div", {class: "lts-line lts-go"}, make("b", {translate: "no", text: picture.name}), pills(SHAPES, 0, (chosen) => {
                 ratio = chosen;
                 if (ratio) fit();
                 show();

@@ -40,7 +40,7 @@
         const fields = make("div", {class: "lts-edit-fields"});
         const target = make("span", {class: "lts-quiet"});
         let kind = "add_start", given = {}, known = "", wanted = "";
-        const chooser = choice(Object.entries(EDITS).map(([name, [words]]) => [name, words]), kind, (chosen) => {
+        const chooser = choice(Object.entries(EDITS).map(([name, [words]]) => [name, translated(words)]), kind, (chosen) => {
             kind = chosen;
             given = {};
             drawFields();
@@ -69,7 +69,7 @@
         drawFields();
 
         function changedWords({changed}) {
-            return count(changed, "caption") + " " + translated("changed; Undo takes it back.");
+            return translated`${count(changed, "caption")} changed; Undo takes it back.`;
         }
 
         function drawFields() {
@@ -106,18 +106,18 @@
             const how = all.includes(tag) ? "with" : none.includes(tag) ? "without" : "";
             return make("span", {class: "lts-tag", "data-how": how || null},
                 make("button", {
-                    type: "button", class: "lts-tag-name", "aria-pressed": String(how !== ""), onclick: () => press(tag),
+                    type: "button", class: "lts-tag-name", translate: "no", "aria-pressed": String(how !== ""), onclick: () => press(tag),
                 }, (how === "without" ? "− " : "") + tag, make("small", {text: number === null ? "" : number})),
                 make("button", {
-                    type: "button", class: "lts-tag-remove", title: translated("Remove this tag from") + " " + app.scopeWords(),
-                    "aria-label": translated("Remove tag") + " " + tag,
+                    type: "button", class: "lts-tag-remove", title: translated`Remove this tag from ${app.scopeWords()}`,
+                    "aria-label": translated`Remove tag ${tag}`,
                     onclick: () => app.act(() => app.api.ask("edit", {edit: edit("remove_tags", {tags: tag}), ...app.scope()}),
                         changedWords),
                 }, icon("close")));
         }
 
         function draw() {
-            target.textContent = translated("In") + " " + app.scopeWords();
+            target.textContent = translated`In ${app.scopeWords()}`;
             for (const [name, box] of patterns) if (document.activeElement !== box) box.value = asList(name);
             const now = JSON.stringify([view.tags, view.filter, view.tagsTotal, app.scopeWords()]);
             if (now === known) return;

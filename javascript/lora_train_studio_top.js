@@ -20,7 +20,7 @@
             {
                 id: "check", name: "Check", drawn: "search", done: checked && report.fresh, look: checked && look > 0,
                 about: !checked ? "" : !report.fresh ? translated("Changed since") :
-                    look ? look + " " + translated("to look at") : translated("All fine"),
+                    look ? translated`${look} to look at` : translated("All fine"),
             },
             {
                 id: "shape", name: "Crop", drawn: "crop", done: shaped > 0 || (checked && !deep),
@@ -29,10 +29,10 @@
             },
             {
                 id: "caption", name: "Caption", drawn: "caption", done: captioned,
-                about: captioned ? translated("Done") : view.empty ? view.empty + " " + translated("without") : "",
+                about: captioned ? translated("Done") : view.empty ? translated`${view.empty} without` : "",
             },
             {id: "train", name: "Train", drawn: "train", done: false, about: report && report.proposal ?
-                report.proposal.steps.toLocaleString() + " " + translated("steps") : ""},
+                count(report.proposal.steps, "step") : ""},
         ];
         const next = !pictures ? "add" : !checked ? "check" : captioned ? "train" : made[2].done ? "caption" : "shape";
         return made.map((step) => ({...step, next: step.id === next}));
@@ -58,6 +58,12 @@
             await app.act(() => app.move(() => null));
         }
 
+        function words(mine, other) {
+            if (!mine) return translated`${other.name} was opened in another page or by a program.`;
+            return other ? translated`${mine.name} is no longer open: ${other.name} was opened in another page or by a program.` :
+                translated`${mine.name} is no longer open: it was closed in another page or by a program.`;
+        }
+
         function draw() {
             const mine = app.dataset(), other = app.elsewhere && app.elsewhere.dataset;
             const now = JSON.stringify([mine && mine.name, Boolean(app.elsewhere), other && other.name]);
@@ -66,14 +72,11 @@
             element.hidden = !app.elsewhere;
             if (!app.elsewhere) return;
             element.replaceChildren(
-                make("p", {}, mine ? make("b", {text: mine.name}) : "", mine ? " " + translated("is no longer open") + ": " : "",
-                    other ? make("b", {text: other.name}) : translated("it"), " ",
-                    translated(other ? "was opened in another page or by a program." : "was closed in another page or by a program."),
-                    " ", translated("What you wrote here is kept.")),
+                make("p", {text: words(mine, other) + " " + translated("What you wrote here is kept.")}),
                 make("div", {class: "lts-line lts-go"},
-                    mine ? button(translated("Open") + " " + mine.name, () => back(mine.name), {
+                    mine ? button(translated`Open ${mine.name}`, () => back(mine.name), {
                         kind: "primary", drawn: "back", id: "lora_train_reopen"}) : null,
-                    button(other ? translated("Go to") + " " + other.name : "Leave it", go, {id: "lora_train_follow"})));
+                    button(other ? translated`Go to ${other.name}` : "Leave it", go, {id: "lora_train_follow"})));
         }
 
         return {element, draw};
@@ -87,7 +90,7 @@
         function head(dataset) {
             const names = app.view.state.datasets.map(({name}) => name);
             if (!names.includes(dataset.name)) names.unshift(dataset.name);
-            const options = [...names.map((name) => [name, name]), [NEW, "New dataset"]];
+            const options = [...names.map((name) => [name, name]), [NEW, translated("New dataset")]];
             const list = choice(options, dataset.name, (name) => {
                 // Only a press of Save writes captions.
                 const discard = dataset.unsaved > 0 &&
@@ -98,37 +101,37 @@
                 }
                 app.panel = "";
                 return name === NEW ? app.act(() => app.move(() => app.api.ask("close", {discard}))) : app.enter({name, discard});
-            }, {id: "lora_train_dataset", label: "Dataset"});
+            }, {id: "lora_train_dataset", label: "Dataset", own: true});
             const trigger = dataset.trigger_word;
             return make("div", {class: "lts-head"},
                 make("div", {class: "lts-name"}, list,
                     trigger && trigger !== dataset.name ? make("span", {
-                        class: "lts-trigger", text: trigger, title: translated("Trigger word"),
+                        class: "lts-trigger", translate: "no", text: trigger, title: translated("Trigger word"),
                     }) : null,
                     make("span", {class: "lts-quiet", text: count(dataset.pictures, "picture")})),
                 make("div", {class: "lts-actions"}, ...historyButtons(dataset)));
         }
 
         function historyButtons(dataset) {
-            const undo = button("Undo", () => app.act(() => app.api.ask("undo", {}), (a) => translated("Undone: ") + a.label), {
+            const undo = button("Undo", () => app.act(() => app.api.ask("undo", {}), (a) => translated`Undone: ${translated(a.label)}`), {
                 kind: "tool", drawn: "undo", id: "lora_train_undo", disabled: !dataset.can_undo,
-                title: dataset.can_undo ? translated("Undo") + ": " + dataset.can_undo + " (Ctrl+Z)" : "Nothing to undo",
+                title: dataset.can_undo ? translated`Undo: ${translated(dataset.can_undo)} (Ctrl+Z)` : "Nothing to undo",
             });
-            const redo = button("Redo", () => app.act(() => app.api.ask("redo", {}), (a) => translated("Redone: ") + a.label), {
+            const redo = button("Redo", () => app.act(() => app.api.ask("redo", {}), (a) => translated`Redone: ${translated(a.label)}`), {
                 kind: "tool", drawn: "redo", id: "lora_train_redo", disabled: !dataset.can_redo,
-                title: dataset.can_redo ? translated("Redo") + ": " + dataset.can_redo + " (Ctrl+Y)" : "Nothing to redo",
+                title: dataset.can_redo ? translated`Redo: ${translated(dataset.can_redo)} (Ctrl+Y)` : "Nothing to redo",
             });
             const save = button("Save", app.save, {
                 drawn: "save", id: "lora_train_save", disabled: !dataset.unsaved, title: "Write the changed captions (Ctrl+S)",
             });
             if (dataset.unsaved) {
                 save.classList.add("lts-due");
-                save.lastChild.textContent = translated("Save") + " " + dataset.unsaved;
+                save.lastChild.textContent = translated`Save ${dataset.unsaved}`;
             }
             return [undo, redo, save];
         }
 
-        const saved = (number) => count(number, "caption") + " " + translated("saved.");
+        const saved = (number) => translated`${count(number, "caption")} saved.`;
 
         app.save = async() => {
             // The caption that is being written belongs to what is saved.
@@ -177,18 +180,19 @@
         function ended(task) {
             const more = task.more_problems ? [make("li", {text: "+ " + task.more_problems})] : [];
             return [make("div", {class: "lts-bar"},
-                make("span", {class: "lts-said" + (task.outcome === "failed" ? " lts-problem" : ""), text: task.message}),
+                make("span", {class: "lts-said" + (task.outcome === "failed" ? " lts-problem" : ""), text: translated(task.message)}),
                 button("Close", () => {
                     left = null;
                     drawProgress();
                 }, {kind: "tool", drawn: "close"})),
             task.problems.length ? make("ul", {class: "lts-problems"}, ...task.problems.map((problem) => make("li", {},
-                make("b", {text: problem.picture ? problem.picture + ": " : ""}), problem.text)), ...more) : null];
+                make("b", {translate: "no", text: problem.picture ? problem.picture + ": " : ""}), translated(problem.text))), ...more) : null];
         }
 
         function taskText(task) {
             const seconds = task.seconds_left, two = (number) => String(number).padStart(2, "0");
-            const left = seconds === null ? "" : " · " + Math.floor(seconds / 60) + ":" + two(Math.floor(seconds % 60)) + " left";
+            const time = Math.floor(seconds / 60) + ":" + two(Math.floor(seconds % 60));
+            const left = seconds === null ? "" : " · " + translated`${time} left`;
             if (task.stopping) return translated("Stopping");
             return translated(task.name) + (task.total ? " " + task.done + "/" + task.total : "") + left;
         }

@@ -51,7 +51,8 @@ window.loraTrainVerdict = function(page) {
         if (!mark.firstChild || mark.dataset.kind !== kind) mark.replaceChildren(icon(kind === "good" ? "check" : "warning"));
         mark.dataset.kind = kind;
         // Read out when its text changes.
-        if (text.textContent !== diagnosed.message) text.textContent = diagnosed.message;
+        const told = translated(diagnosed.message);
+        if (text.textContent !== told) text.textContent = told;
         apply.hidden = !control(diagnosed.setting);
         apply.textContent = translated("Apply");
         apply.title = diagnosed.setting + " = " + diagnosed.value;

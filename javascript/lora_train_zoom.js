@@ -7,7 +7,7 @@ window.loraTrainZoom = function(pictures, translated) {
     "use strict";
     const {make, button} = window.loraTrainStudio.parts;
     const stage = make("div", {class: "lora-train-zoom-stage"});
-    const title = make("b", {}), about = make("span", {});
+    const title = make("b", {translate: "no"}), about = make("span", {translate: "no"});
     const tool = (words, drawn, press) => {
         const made = button(words, press, {kind: "tool", drawn});
         made.className = "lora-train-zoom-tool";
@@ -20,6 +20,7 @@ window.loraTrainZoom = function(pictures, translated) {
         onkeydown: keys, onclick: (event) => (event.target === root || event.target === stage) && shut(),
     }, make("div", {class: "lora-train-zoom-head"}, make("div", {class: "lora-train-zoom-words", "aria-live": "polite"}, title, about), close),
     make("div", {class: "lora-train-zoom-body"}, before, stage, after));
+    window.loraTrainLanguage.watch(root);
     let rows = [], at = [0, 0], beside = false, origin = null;
 
     function open(given, row, column, {beside: all = false} = {}) {
@@ -76,7 +77,7 @@ window.loraTrainZoom = function(pictures, translated) {
     }
 
     function pane(entry) {
-        const image = make("img", {alt: [entry.title, entry.about].filter(Boolean).join(", ")});
+        const image = make("img", {alt: [entry.title, entry.about].filter(Boolean).join(", "), translate: "no"});
         if (entry.small) pictures.show(image, entry.small);
         pictures.show(image, entry.path);
         return image;

@@ -42,9 +42,9 @@ def launched() -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def opened_page(browser: Any, *, patience_ms: int) -> Iterator[Any]:
+def opened_page(browser: Any, *, patience_ms: int, locale: str = "en-GB") -> Iterator[Any]:
     """An empty page with nothing remembered, closed at the end; then no script in it may have failed."""
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page = browser.new_page(viewport={"width": 1280, "height": 900}, locale=locale)
     page.set_default_timeout(patience_ms)
     expect.set_options(timeout=patience_ms)
     errors: list[str] = []

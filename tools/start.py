@@ -1,12 +1,13 @@
-"""Make the project's own environment, once, and run the demo or the tests in it.
+"""Make the project's own environment, once, and run the demo, the page or the tests in it.
 
     python tools/start.py demo [arguments of `python -m lib_lora_train demo`]
+    python tools/start.py ui [arguments of `python -m lib_lora_train ui`]
     python tools/start.py test [arguments of pytest]
 
-Needs Python 3.10 or 3.11 and nothing else, on Linux, macOS and Windows. Run with another Python it looks for one of
-these and goes on with it. The environment is `.venv` in the repository's root; it is made anew when what it was made
-from has changed or when it no longer works, and it can be deleted at any time. It is not for the WebUI, which has its
-own.
+Needs Python 3.10 to 3.13 and nothing else, on Linux, macOS and Windows; for the tests 3.10 or 3.11. Run with another Python
+it looks for one of these and goes on with it. The environment is `.venv` in the repository's root; it is made anew when what
+it was made from has changed or when it no longer works, and it can be deleted at any time. It is not for the WebUI, which
+has its own.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ TOOLS = ROOT / "tools"
 ENVIRONMENT = ROOT / ".venv"
 STAMP = ENVIRONMENT / "made-by-start.json"
 LOG = ENVIRONMENT / "install.log"
-PYTHONS = ("3.10", "3.11")              # torch 2.1.2, the WebUI's, has packages for these
+# What is installed, and the versions of all that it asks for: those of WebUI v1.10.1, whose torch 2.1.2 has packages for two
+# Pythons only, and those of Forge Neo for the Pythons behind them.
 REQUIRED = ("requirements.txt", "constraints.txt")
+NEWER = ("requirements-newer.txt", "constraints-newer.txt")
+PYTHONS = {"3.10": REQUIRED, "3.11": REQUIRED, "3.12": NEWER, "3.13": NEWER}
 TEST_REQUIRED = ("requirements-test.txt", "requirements-test-alone.txt")
 
 # Prints "3.10" where that Python can make the environment, and fails or prints something else where not.
@@ -41,7 +45,7 @@ class CannotStart(Exception):
 
 def main(arguments: list[str]) -> int:
     """Run a command; returns its exit code, 2 if it cannot be started."""
-    if not arguments or arguments[0] not in ("demo", "test"):
+    if not arguments or arguments[0] not in ("demo", "ui", "test"):
         print(__doc__)
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
     command, rest = arguments[0], arguments[1:]
@@ -53,8 +57,8 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("Interrupted; the next start begins the environment anew.", file=sys.stderr)
         return 130
-    module = ["lib_lora_train", "demo"] if command == "demo" else ["pytest", *on_all_cores()]
-    say("Running the tests" if command == "test" else "Starting the demo")
+    module = ["pytest", *on_all_cores()] if command == "test" else ["lib_lora_train", command]
+    say({"test": "Running the tests", "demo": "Starting the demo", "ui": "Starting the page"}[command])
     process = subprocess.Popen([str(python), "-m", *module, *rest], cwd=ROOT, env=variables())
     while True:
         try:
@@ -74,38 +78,42 @@ def on_all_cores() -> list[str]:
 
 def environment(*, for_tests: bool) -> Path:
     """The Python of a complete environment, which is made first where it is missing."""
-    wanted = {"base": fingerprint(REQUIRED), "tests": fingerprint(TEST_REQUIRED) if for_tests else ""}
     python = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    pythons = [version for version, files in PYTHONS.items() if files == REQUIRED or not for_tests]
+    tests = fingerprint(TEST_REQUIRED) if for_tests else ""
     made = read_stamp()
-    if made.get("base") == wanted["base"] and works(python):
-        if not for_tests or made.get("tests") == wanted["tests"]:
+    if made.get("base") in {fingerprint(PYTHONS[version]) for version in pythons} and works(python):
+        if not for_tests or made.get("tests") == tests:
             return python
     else:
-        made = {}
-        make(python, interpreter())
-        say("Installing the versions that WebUI v1.10.1 pins (once; up to 2.5 GB, some minutes)")
-        install(python, "-r", "requirements.txt")
+        command, version = interpreter(pythons)
+        files = PYTHONS[version]
+        make(python, command)
+        say(f"Installing the versions of {' and '.join(files)} (once; up to 3 GB, some minutes)")
+        install(python, "-r", files[0], constraints=files[1])
+        made = {"base": fingerprint(files)}
     if for_tests:
         say("Installing what the tests need")
         install(python, "-r", "requirements-test.txt")
         install(python, "--no-deps", "-r", "requirements-test-alone.txt")
-    write_stamp({"base": wanted["base"], "tests": wanted["tests"] or made.get("tests", "")})
+    write_stamp({"base": made["base"], "tests": tests or made.get("tests", "")})
     return python
 
 
-def interpreter() -> list[str]:
-    """The command of a Python that can make the environment: this one if it can, else one that is found."""
+def interpreter(pythons: list[str]) -> tuple[list[str], str]:
+    """The command and version of a Python that can make the environment: this one if it is one of `pythons`, else one that is
+    found."""
     own = getattr(sys, "_base_executable", "") or sys.executable        # not an environment's, which may be going away
-    if probe([own]) in PYTHONS:
-        return [own]
-    for version in PYTHONS:
+    if (version := probe([own])) in pythons:
+        return [own], version
+    for version in pythons:
         for candidate in ([f"python{version}"], ["py", f"-{version}"] if os.name == "nt" else []):
             if candidate and shutil.which(candidate[0]) and probe(candidate) == version:
                 say(f"This is Python {sys.version.split()[0]}; going on with {' '.join(candidate)}")
-                return candidate
-    needed = "Python 3.10 or 3.11 (64 bit) is needed"
+                return candidate, version
+    needed = f"Python {', '.join(pythons[:-1])} or {pythons[-1]} (64 bit) is needed"
     version = ".".join(map(str, sys.version_info[:2]))
-    if version in PYTHONS and sys.maxsize > 2**32:
+    if version in pythons and sys.maxsize > 2**32:
         raise CannotStart(f"{needed} with its modules venv and ensurepip, which {own} lacks; install them "
                           f"(on Debian and Ubuntu: the package python{version}-venv).")
     raise CannotStart(f"{needed}: this is {sys.version.split()[0]} and no other was found; install one of them from "
@@ -140,10 +148,10 @@ def make(python: Path, command: list[str]) -> None:
         raise CannotStart(f"{' '.join(command)} did not make a working environment; see {LOG}.")
 
 
-def install(python: Path, *arguments: str) -> None:
+def install(python: Path, *arguments: str, constraints: str = "constraints.txt") -> None:
     """pip install, quietly, within the constraints."""
     run([str(python), "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check",
-         "--constraint", "constraints.txt", *arguments])
+         "--constraint", constraints, *arguments])
 
 
 def run(command: list[str]) -> None:

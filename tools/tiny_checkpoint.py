@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 
 from tools import checkpoint_shapes as shapes
 
-VAE_RES_BLOCKS = 1
 WORDS = ("cat", "a", "of", "photo", "red", "blue", "zzk")
 
 
@@ -30,7 +29,8 @@ WORDS = ("cat", "a", "of", "photo", "red", "blue", "zzk")
 class Size:
     """Channels of UNet and VAE, and what they are multiplied by from level to level; heads; the text encoder.
 
-    depths    transformer blocks at each level of the UNet, as far as it has so many levels
+    depths      transformer blocks at each level of the UNet, as far as it has so many levels
+    vocabulary  rows of the token embedding, None for as many as there are tokens
     """
 
     channels: int
@@ -42,6 +42,8 @@ class Size:
     text_width: int = 64
     text_layers: int = 3
     text_heads: int = 2
+    vae_blocks: int = 1
+    vocabulary: int | None = None
 
 
 RANDOM = Size(32, (1, 2, 4, 4), 32, (1, 1, 2, 2))
@@ -49,29 +51,34 @@ SMALLEST = Size(32, (1, 1, 2, 2), 32, (1, 1, 1, 1), text_width=32, text_layers=2
 """All of its blocks, each as narrow as they can be."""
 SHALLOW = Size(32, (1, 2), 32, (1, 1, 1, 1), depths=(1, 0), text_width=32, text_layers=2)
 """The first of its levels and the last, which has no transformers: a block of each kind, and a third of the time."""
+RECOGNISED = Size(320, (1, 1, 1, 1), 128, (1, 2, 4, 4), heads=8, text_width=768, text_layers=12, text_heads=12, vae_blocks=2,
+                  vocabulary=49408)
+"""The smallest that Forge, Forge Neo and reForge take for Stable Diffusion 1: they look a model up by the width of its UNet's
+first layer and of its text, and make VAE and text encoder at their published sizes."""
 
 
-def write(folder: Path, *, name: str = "tiny", seed: int = 0, size: Size = RANDOM) -> Path:
-    """Write NAME.safetensors (about 40 MB; of SMALLEST 11 MB), NAME.yaml and NAME-text/ into `folder`; returns the
-    checkpoint's path."""
+def write(folder: Path, *, name: str = "tiny", seed: int = 0, size: Size = RANDOM, dtype: torch.dtype = torch.float32) -> Path:
+    """Write NAME.safetensors (about 40 MB; of SMALLEST 11 MB; of RECOGNISED in fp16 600 MB), NAME.yaml and NAME-text/ into
+    `folder`; returns the checkpoint's path."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = _write_text_folder(folder / f"{name}-text", size)
     (folder / f"{name}.yaml").write_text(
         yaml.safe_dump(configuration(str(folder / f"{name}-text"), size), sort_keys=False), encoding="utf-8")
     path = folder / f"{name}.safetensors"
-    save_file(tensors(vocabulary=vocabulary, seed=seed, size=size), path, metadata={"format": "pt"})
+    save_file(tensors(vocabulary=vocabulary, seed=seed, size=size, dtype=dtype), path, metadata={"format": "pt"})
     return path
 
 
-def tensors(*, vocabulary: int, seed: int = 0, size: Size = RANDOM) -> dict[str, torch.Tensor]:
-    """The checkpoint's fp32 tensors, scaled so that activations, latents and images are of ordinary size."""
+def tensors(*, vocabulary: int, seed: int = 0, size: Size = RANDOM,
+            dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors, scaled so that activations, latents and images are of ordinary size."""
     generator = torch.Generator().manual_seed(seed)
     parts = {
         "model.diffusion_model": shapes.unet(_unet_size(size)),
-        "first_stage_model": shapes.vae(channels=size.vae_channels, multipliers=size.vae_multipliers, blocks=VAE_RES_BLOCKS),
+        "first_stage_model": shapes.vae(channels=size.vae_channels, multipliers=size.vae_multipliers, blocks=size.vae_blocks),
         "cond_stage_model.transformer.text_model": shapes.clip_text(
             vocabulary=vocabulary, width=size.text_width, layers=size.text_layers)}
-    return {f"{part}.{name}": shapes.scaled(f"{part}.{name}", torch.randn(shape, generator=generator))
+    return {f"{part}.{name}": shapes.scaled(f"{part}.{name}", torch.randn(shape, generator=generator)).to(dtype)
             for part, names in parts.items() for name, shape in names}
 
 
@@ -81,7 +88,7 @@ def _unet_size(size: Size) -> shapes.UNetSize:
 
 
 def _write_text_folder(folder: Path, size: Size) -> int:
-    """CLIP's files for a vocabulary of printable ASCII and `WORDS`; returns its size."""
+    """CLIP's files for a vocabulary of printable ASCII and `WORDS`; returns the rows of its embedding."""
     folder.mkdir(exist_ok=True)
     characters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     merges, pieces = [], dict.fromkeys([*characters, *(f"{c}</w>" for c in characters)])
@@ -99,9 +106,10 @@ def _write_text_folder(folder: Path, size: Size) -> int:
     _write_json(folder / "special_tokens_map.json", special)
     _write_json(folder / "tokenizer_config.json",
                 {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True})
+    rows = size.vocabulary or len(vocabulary)
     _write_json(folder / "config.json", text_configuration(
-        size, vocabulary=len(vocabulary), start=vocabulary[start], end=vocabulary[end]))
-    return len(vocabulary)
+        size, vocabulary=rows, start=vocabulary[start], end=vocabulary[end]))
+    return rows
 
 
 def text_configuration(size: Size, *, vocabulary: int, start: int, end: int) -> dict[str, object]:
@@ -134,7 +142,7 @@ def configuration(text_folder: str, size: Size) -> dict[str, object]:
         "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {
             "embed_dim": 4, "monitor": "val/rec_loss", "lossconfig": {"target": "torch.nn.Identity"}, "ddconfig": {
                 "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3,
-                "ch": size.vae_channels, "ch_mult": list(size.vae_multipliers), "num_res_blocks": VAE_RES_BLOCKS,
+                "ch": size.vae_channels, "ch_mult": list(size.vae_multipliers), "num_res_blocks": size.vae_blocks,
                 "attn_resolutions": [], "dropout": 0.0}}},
         "cond_stage_config": {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
                               "params": {"version": text_folder}}}}}

@@ -113,10 +113,13 @@ class Results:
         folder = self._folder_to_change(request.run)
         taken = promote(folder, request.save, weight=request.weight, host=self.host)
         name, written = Path(taken["path"]), [Path(taken[kind]).name for kind in ("card", "preview") if taken[kind]]
-        source = "" if request.save == name.stem else f" It holds the save {request.save}."
-        kept = f" What had its name is kept as {Path(taken['kept']).name}." if taken["kept"] else ""
-        return {**taken, "message": f"{name.name} is the LoRA, to be used at {request.weight:g}.{source} "
-                                    f"Written beside it: {' and '.join(written)}.{kept}"}
+        said = [f"{name.name} is the LoRA, to be used at {request.weight:g}."]
+        if request.save != name.stem:
+            said.append(f"It holds the save {request.save}.")
+        said.append(f"Written beside it: {' and '.join(written)}.")
+        if taken["kept"]:
+            said.append(f"What had its name is kept as {Path(taken['kept']).name}.")
+        return {**taken, "message": " ".join(said)}
 
     def delete(self, request: ResultsRequest) -> dict[str, Any]:
         """Delete saves; the names of the files that were there."""

@@ -130,7 +130,7 @@ def _estimate(settings: Settings, found: RunPlan, host: Host, *, slower: float,
     time = slower * found.schedule.steps * seconds_per_step(
         memory.flops, blocks=len(memory.blocks), passes=memory.passes * settings.optimizer.gradient_accumulation_steps,
         device_type=outline.device.type, rate=rate)
-    return f"about {_duration(time)} · {memory.text}", memory.warning
+    return " · ".join([f"about {_duration(time)}", memory.text]), memory.warning
 
 
 def _slower(runner: Runner | None, resolution: tuple[int, int]) -> float:
@@ -239,12 +239,12 @@ def settings_list() -> list[dict[str, Any]]:
 
 def model_text(checkpoint: Checkpoint) -> str:
     """One line: "base: dreamshaper_8 [879db523c3] · SD1 · VAE: baked"; of one that cannot be trained, why."""
-    short_hash = f" [{checkpoint.sha256[:10]}]" if checkpoint.sha256 else ""
+    base = f"base: {checkpoint.name} [{checkpoint.sha256[:10]}]" if checkpoint.sha256 else f"base: {checkpoint.name}"
     known = FAMILIES.get(checkpoint.family)
     if checkpoint.refusal:
-        return f"base: {checkpoint.name}{short_hash} · {checkpoint.refusal}"
+        return " · ".join([base, checkpoint.refusal])
     family = known.title if known else "this kind of model cannot be trained"
-    return f"base: {checkpoint.name}{short_hash} · {family} · VAE: {checkpoint.vae_name or 'baked'}"
+    return " · ".join([base, family, f"VAE: {checkpoint.vae_name}" if checkpoint.vae_name else "VAE: baked"])
 
 
 def name_taken(settings: Settings, host: Host) -> bool:

@@ -84,13 +84,12 @@ def _captions(report: DatasetReport, around: Circumstances) -> Iterator[Weighted
             continue
         start = f"{_count(images, 'picture')} {'has' if len(images) == 1 else 'have'} {have} ({_names(images)})"
         instead = around.trigger_word or " / ".join(around.concepts)
-        them = _them(images)
         if instead:
             why = (f" and would be trained on '{instead}' alone, so that clothes, pose and background become part of that "
-                   f"word too: tag or caption {them}")
+                   "word too: write tags or a caption")
         else:
-            why = (f" and no trigger word is set, so no word would call what is learnt from {them}: tag or caption {them}, or "
-                   "set a trigger word")
+            why = (" and no trigger word is set, so no word would call what is learnt: write tags or a caption, or set a "
+                   "trigger word")
         yield 4 + (20 if instead else 30) * _share(images, report), f"{start}{why}."
     long = _with(report, "long_caption")
     if long:
@@ -104,7 +103,7 @@ def _captions(report: DatasetReport, around: Circumstances) -> Iterator[Weighted
 def _images(report: DatasetReport, around: Circumstances) -> Iterator[Weighted]:
     twins = _with(report, "duplicate")
     if twins:
-        pairs = [f"{group[1].name} like {group[0].name}" for group in report.duplicates]
+        pairs = [f"{group[1].name} ≈ {group[0].name}" for group in report.duplicates]
         yield 4 + 20 * _share(twins, report), (
             f"{_count(twins, 'picture')} {_are(twins)} nearly the same as another ({some_of(pairs, 3)}), and what is shown "
             "twice is learnt twice as hard, up to copying it: keep the best of each and remove the others.")
@@ -119,8 +118,8 @@ def _images(report: DatasetReport, around: Circumstances) -> Iterator[Weighted]:
         out = sum(not image.usable for image in narrow)
         yield (3 if out else 2) + 12 * _share(narrow, report), (
             f"{_count(narrow, 'picture')} {_are(narrow)} more than {NARROW:g} times as long as wide ({_names(narrow)}), a "
-            f"shape that models paint badly{f' ({out} would even be left out)' if out else ''}: crop {_them(narrow)}, or "
-            f"split {_them(narrow)} into squarer pieces.")
+            f"shape that models paint badly{f' ({out} would even be left out)' if out else ''}: crop, or split into "
+            "squarer pieces.")
     deep = sorted(_with(report, "deep_crop"), key=lambda image: -image.crop_loss)
     if deep:
         buckets = "" if around.enable_bucket else f", or switch {named('enable_bucket')} on, which crops far less"
@@ -139,12 +138,12 @@ def _small(report: DatasetReport) -> Iterator[Weighted]:
     usual = sorted(p.width * p.height for p in report.images if p.width)
     reached = usual[len(usual) // 4] ** 0.5  # by three quarters of the images
     side = max((side for side in SIDES if side <= reached), default=0)
-    lower = f", or set {named('resolution')} to {side}" if 2 * len(small) > len(report.images) and side else ""
+    lower = f"; or set {named('resolution')} to {side}" if 2 * len(small) > len(report.images) and side else ""
     yield 3 + 18 * _share(small, report), (
         f"{_count(small, 'picture')} {_are(small)} smaller than the training size {report.resolution[0]}×"
         f"{report.resolution[1]} (smallest: {least.path.name}, {least.width}×{least.height}, "
         f"{(wanted / (least.width * least.height)) ** 0.5:.1f} times too small), and a LoRA learns the softness of enlarged "
-        f"pictures: find larger originals, use an upscaler, {'or ' if not lower else ''}leave {_them(small)} out{lower}.")
+        f"pictures: find larger originals, use an upscaler, or remove what is too small{lower}.")
 
 
 def _length(report: DatasetReport, around: Circumstances) -> Iterator[Weighted]:
@@ -248,6 +247,3 @@ def _count(things: Sequence[object], word: str) -> str:
 def _are(things: Sequence[object]) -> str:
     return "is" if len(things) == 1 else "are"
 
-
-def _them(things: Sequence[object]) -> str:
-    return "it" if len(things) == 1 else "them"

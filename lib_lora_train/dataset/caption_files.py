@@ -129,11 +129,14 @@ def of_no_kind(files: Iterable[str]) -> list[str]:
 
 def count_of_captions(images: int, captioned: int, unmatched: Sequence[str], *, unread: Sequence[str] = ()) -> str:
     """The closing sentence: "3 pictures, 1 with a caption; 2 text files fit no picture (b.txt, c.txt)."."""
-    rest = (f"; {counted(len(unmatched), 'text file')} {'fits' if len(unmatched) == 1 else 'fit'} no picture "
-            f"({printable(some_of(unmatched, 3))})") if unmatched else ""
-    rest += (f"; {counted(len(unread), 'file is', 'files are')} of a kind that is not read ({printable(some_of(unread, 3))})"
-             if unread else "")
-    return f"{counted(images, 'picture')}, {captioned:,} with {'a caption' if captioned == 1 else 'captions'}{rest}."
+    said = [f"{counted(images, 'picture')}, {captioned:,} with {'a caption' if captioned == 1 else 'captions'}"]
+    if unmatched:
+        said.append(f"{counted(len(unmatched), 'text file')} {'fits' if len(unmatched) == 1 else 'fit'} no picture "
+                    f"({printable(some_of(unmatched, 3))})")
+    if unread:
+        said.append(f"{counted(len(unread), 'file is', 'files are')} of a kind that is not read "
+                    f"({printable(some_of(unread, 3))})")
+    return "; ".join(said) + "."
 
 
 def find_captions(images: Sequence[Path], files: Iterable[Path], *, above: Iterable[Path] = (),

@@ -131,8 +131,9 @@ class Companions:
 
     def sentences(self) -> list[str]:
         """What was taken out, one sentence a kind."""
-        return [f"{counted(len(names), what)} ({some_of(names)}) {'is' if len(names) == 1 else 'are'} not taken as "
-                f"{'a picture' if len(names) == 1 else 'pictures'}. {why}" for names, what, why in (
+        return [f"{counted(len(names), what)} ({some_of(names)}) "
+                f"{'is not taken as a picture' if len(names) == 1 else 'are not taken as pictures'}. {why}"
+                for names, what, why in (
                     (self._masks, "mask", USED), (self._conditioning, "conditioning picture", "Nothing uses it here."))
                 if names]
 

@@ -97,7 +97,7 @@ class MemoryPlan:
         means = self._means() or ("nothing has to be given up for it" if self.budget is not None else "")
         amount = (f"{gigabytes(self.measured)}{of} GB of memory, measured in the first step" if self.measured else
                   f"about {gigabytes(max(self.bytes, self.before, self.sampling))}{of} GB of memory")
-        return amount + (f": {means}" if means else "")
+        return ": ".join(filter(None, (amount, means)))
 
     @property
     def warning(self) -> str:

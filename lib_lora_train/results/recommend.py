@@ -68,13 +68,15 @@ def recommended_by_scores(columns: Sequence[ColumnScores], *, held_out_following
     bounds = {one.column: leaves(one, unadapted, held_out_following) for one in found}
     ordered = sorted(found, key=lambda one: (bool(bounds[one.column]), -(one.likeness.mean or 0)))
     best = ordered[0]
-    reason = (f"Of {counted(len(ordered), 'save and weight', 'saves and weights')} it is the most like the held-out pictures "
-              f"({best.likeness.mean:.3f}, the base model {unadapted.likeness.mean or 0:.3f})")
+    best_of = (f"Of {counted(len(ordered), 'save and weight', 'saves and weights')} it is the most like the held-out pictures "
+               f"({best.likeness.mean:.3f}, the base model {unadapted.likeness.mean or 0:.3f})")
     if left := bounds[best.column]:
-        reason += f", though none stays within all bounds: {' and '.join(left)}"
+        reason = f"{best_of}, though none stays within all bounds: {' and '.join(left)}."
     elif any(bounds.values()):
-        reason += " among those that follow the prompt, do not drift and do not copy"
-    return Recommendation(best.column.save, best.column.weight, f"{reason}.",
+        reason = f"{best_of} among those that follow the prompt, do not drift and do not copy."
+    else:
+        reason = f"{best_of}."
+    return Recommendation(best.column.save, best.column.weight, reason,
                           tuple((one.column.save, one.column.weight) for one in ordered))
 
 

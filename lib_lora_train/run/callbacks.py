@@ -38,8 +38,8 @@ class StopCallback:
 
 
 class TimeLimit:
-    """Ends the training before the next step once the time is over, counted from when this is made. `stopped` says so then, as
-    the end of a sentence, and is "" before."""
+    """Ends the training before the next step once the time is over, counted from when this is made. `stopped` says so then,
+    and is "" before."""
 
     def __init__(self, minutes: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         """0 minutes are no limit."""
@@ -49,7 +49,7 @@ class TimeLimit:
     def before_step(self, progress: Progress) -> bool:
         """See `Callback`. One step is made in any case, so that there is something to keep."""
         if self._minutes and progress.step and self._clock() - self._begin >= 60 * self._minutes:
-            self.stopped = f", because its {self._minutes:g} minutes are over ({named('max_train_minutes')})"
+            self.stopped = f"its {self._minutes:g} minutes are over ({named('max_train_minutes')})"
         return not self.stopped
 
     def after_step(self, progress: Progress) -> None:

@@ -174,10 +174,11 @@ def _replanned(plan: RunPlan, host: Host, *, family: str, report: Report, stop: 
 def _finished(plan: RunPlan, saver: Saver | NoSaver, progress: Progress, *, verdict: tuple[Verdict, str], stop: Stop,
               group: ProcessGroup, measuring: Measuring, diagnosing: Diagnosing, ended: str) -> Finished:
     """The end of a run, its result saved if it is complete, or was stopped to be saved, and measured. `verdict`: see
-    `verdict_of`. `ended` says why it ended by itself, as the end of a sentence, "" where it did not. Raises Interrupted where
-    nothing was ever saved."""
+    `verdict_of`. `ended` says why it ended by itself, "" where it did not. Raises Interrupted where nothing was ever saved."""
     name, steps, total = plan.target.stem, progress.step, plan.schedule.steps
-    complete, stopped = steps == total, f"Stopped after {steps} of {counted(total, 'step')}{ended}"
+    complete, stopped = steps == total, f"Stopped after {steps} of {counted(total, 'step')}"
+    if ended:
+        stopped = f"Stopped after {steps} of {counted(total, 'step')}, because {ended}"
     if complete or (steps and group.any(bool(ended) or stop() == "save")):
         with saver.rescue():
             path = saver.save_result(progress, complete=complete)
@@ -185,10 +186,11 @@ def _finished(plan: RunPlan, saver: Saver | NoSaver, progress: Progress, *, verd
         name, (worth, why) = Path(path).stem or name, verdict
         told = f"{name} is ready: {path}" if worth == "healthy" else f"{name} is saved, and was not looked at: {path}"
         if diagnosed := diagnosing.end(verdict):
-            told = f"{name} is saved{'' if worth else ', and was not looked at'}: {path}. {diagnosed}"
+            saved = f"{name} is saved: {path}." if worth else f"{name} is saved, and was not looked at: {path}."
+            told = " ".join([saved, diagnosed])
         elif worth == "ruined":
             told = f"{name} is saved, but ruined: {why}. Lower the learning rate and train it anew. The file: {path}"
-        return Finished("done" if complete else "stopped", told if complete else f"{stopped}; {told}", path, steps, worth)
+        return Finished("done" if complete else "stopped", told if complete else "; ".join([stopped, told]), path, steps, worth)
     if group.any(bool(saver.saved)):
         return Finished("stopped", f"{stopped}.", saver.saved[-1] if saver.saved else "", steps)
     raise Interrupted(f"{stopped}; nothing was saved")

@@ -165,7 +165,7 @@ class Measuring:
         self._tell(progress.step, losses, strength, path=path)
         self._history.append(statistics.fmean(losses[0]))
         if self._plan.settings.evaluation.early_stopping and stands_still(self._history):
-            self.stopped = f", because its loss on fixed noise has stood still ({counted(len(self._history), 'measurement')})"
+            self.stopped = f"its loss on fixed noise has stood still ({counted(len(self._history), 'measurement')})"
 
     def _look(self, progress: Progress) -> tuple[_Losses, Mapping[str, float]]:
         """Losses and strength of the weights that would be saved."""

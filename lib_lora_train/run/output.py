@@ -26,9 +26,9 @@ def checked_name(name: str, *, what: str = "LoRA") -> str:
     name = unicodedata.normalize("NFC", name)
     # Lone surrogates (Cs) are what Python makes of bytes that are not text.
     found = sorted({c for c in name if c in FORBIDDEN or c in _INVISIBLE or unicodedata.category(c) in ("Cc", "Cs")})
-    remedy = "write a plain name such as my_character"
+    plain, refused = "write a plain name such as my_character", f"The name {name[:_LONGEST]!r} cannot be used"
     if not name.strip():
-        raise OutputError(f"The {what} has no name", remedy=remedy)
+        raise OutputError(f"The {what} has no name", remedy=plain)
     if found:
         why = f"it holds {' '.join(map(repr, found))}, which a file name or <lora:…> cannot"
     elif unicodedata.normalize("NFKC", name.split(".")[0]).upper().strip() in RESERVED:  # Windows takes COM¹ for COM1
@@ -38,12 +38,12 @@ def checked_name(name: str, *, what: str = "LoRA") -> str:
     elif name.startswith("-"):
         why = "programs would take it for an option"
     elif len(name.encode("utf-8")) > _LONGEST:
-        why, remedy = f"it is longer than {_LONGEST} bytes", "shorten it"
+        raise OutputError(refused, why=f"it is longer than {_LONGEST} bytes", remedy="shorten it")
     elif name.lower().endswith((".safetensors", ".pt", ".ckpt")):
-        why, remedy = "the ending is added by itself", f"write {Path(name).stem!r}"
+        raise OutputError(refused, why="the ending is added by itself", remedy=f"write {Path(name).stem!r}")
     else:
         return name
-    raise OutputError(f"The name {name[:_LONGEST]!r} cannot be used", why=why, remedy=remedy)
+    raise OutputError(refused, why=why, remedy=plain)
 
 
 def destination(folder: Path, *, name: str, overwrite: bool) -> Path:

@@ -101,22 +101,24 @@ class RunPlan:
         repeats = sorted({e.repeats for e in self.dataset.examples if not e.is_regularisation})
         shown = counted(repeats[0], "repeat") if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]} repeats"
         regularisation = len({e.path for e in self.dataset.examples if e.is_regularisation})
-        with_reg = f" + {counted(regularisation, 'regularisation picture')}" if regularisation else ""
         sizes = " and ".join(f"{width}×{height}" for width, height in self.resolutions)
         schedule = self.schedule
-        kept = "" if self.held_out_derived or not self.held_out else (
-            f"; {len(self.held_out)} of {len(self.held_out) + self.dataset.images} pictures kept back to measure on")
-        return (f"{counted(self.dataset.images, 'picture')} × {shown}{with_reg}, {counted(schedule.epochs, 'epoch')}, "
-                f"{counted(len(schedule.buckets), 'bucket')} at {sizes} "
-                f"= {counted(schedule.steps, 'step')}{f' of {self.processes} processes' if self.processes > 1 else ''}"
-                f"{kept}{self._masked}")
+        said = [f"{counted(self.dataset.images, 'picture')} × {shown}, {counted(schedule.epochs, 'epoch')}, "
+                f"{counted(len(schedule.buckets), 'bucket')} at {sizes} = {counted(schedule.steps, 'step')}"]
+        if self.processes > 1:
+            said.append(f"on {self.processes} processes")
+        if regularisation:
+            said.append(f"with {counted(regularisation, 'regularisation picture')}")
+        if self.held_out and not self.held_out_derived:
+            said.append(f"{len(self.held_out)} of {len(self.held_out) + self.dataset.images} pictures kept back to measure on")
+        return "; ".join([*said, *self._masked])
 
     @property
-    def _masked(self) -> str:
-        """How many images have a mask, and what it leaves of them; "" where none has."""
+    def _masked(self) -> list[str]:
+        """How many images have a mask, and what it leaves of them; [] where none has."""
         masked = len({example.path for example in self.dataset.examples} & self.masks.keys())
-        return "" if not masked else (f"; {masked} of {counted(self.dataset.images, 'picture')} with a mask, about "
-                                      f"{self.white_share:.0%} of the area is learnt")
+        return [f"{masked} of {counted(self.dataset.images, 'picture')} with a mask, about {self.white_share:.0%} of the area "
+                "is learnt"] if masked else []
 
 
 def plan_job(settings: Settings, host: Host, *, on_progress: Progress | None = None,

@@ -205,8 +205,10 @@ def past_run(folder: Path) -> PastRun:
         outcome, message = "running", ""
     elif not outcome:
         outcome, steps = "interrupted", max(steps, resume_step or 0)
-        message = f"Interrupted at step {steps} of {total}" if total else "Interrupted before the first step"
-        message += "." if resume_step is None else f"; it can be resumed from step {resume_step}."
+        said = [f"Interrupted at step {steps} of {total}" if total else "Interrupted before the first step"]
+        if resume_step is not None:
+            said.append(f"it can be resumed from step {resume_step}")
+        message = "; ".join(said) + "."
     return PastRun(folder.name, name, outcome, message, path, steps, total, resume_step, verdict)
 
 

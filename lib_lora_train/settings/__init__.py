@@ -230,13 +230,13 @@ def _ignored_of_loss(now: Mapping[str, Value], unused: Callable[..., None], *, m
                "masked_prior_preservation_weight")
     kind = now["preservation"]
     if kind not in ("dop", "dco"):
-        unused(f"{named('preservation')} is {kind}", "preservation_class")
+        unused(f"{named('preservation')} is set to {kind}", "preservation_class")
     elif not triggered:
         unused("it takes the place of a trigger word, and there is none", "preservation_class")
     if kind not in ("dop", "blank"):
-        unused(f"{named('preservation')} is {kind}", "preservation_weight")
+        unused(f"{named('preservation')} is set to {kind}", "preservation_weight")
     if kind != "dco":
-        unused(f"{named('preservation')} is {kind}", "dco_beta")
+        unused(f"{named('preservation')} is set to {kind}", "dco_beta")
 
 
 def _check(settings: Settings) -> None:

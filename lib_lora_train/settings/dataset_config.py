@@ -109,8 +109,8 @@ def notes(settings: Settings) -> list[str]:
     found = [f"Of {named('dataset_config')} {', '.join(sorted(unused))} {'is' if len(unused) == 1 else 'are'} not used here."
              ] if unused else []
     if off := sum(values.get("num_repeats") == 0 for values in tables):
-        found.append(f"{counted(off, 'folder')} of {named('dataset_config')} {'has' if off == 1 else 'have'} no repeats and "
-                     f"{'is' if off == 1 else 'are'} left out.")
+        found.append(f"{counted(off, 'folder')} of {named('dataset_config')} "
+                     f"{'has no repeats and is left out' if off == 1 else 'have no repeats and are left out'}.")
     if len(sizes := _batch_sizes(settings)) > 1:
         found.append(f"{named('dataset_config')} has batches of {' and '.join(map(str, sorted(sizes)))}: here all are of "
                      f"{min(sizes)}.")
@@ -178,7 +178,7 @@ def _read(text: str) -> list[dict[str, Any]]:
             unknown |= own.keys() - {*_OF_FOLDERS, *_OF_ONE_FOLDER, *_UNUSED}
             found.append({name: value for name, value in {**general, **above, **own}.items() if value is not None})
     if unknown:
-        raise SettingError(f"{setting} holds {', '.join(map(_explained, sorted(unknown)))}")
+        raise SettingError(f"{setting} cannot be used", why=f"it holds {', '.join(map(_explained, sorted(unknown)))}")
     return found
 
 

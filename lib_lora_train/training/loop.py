@@ -170,8 +170,8 @@ def train(model: FrozenModel, *, network: AdapterNetwork, epoch_batches: EpochBa
                 with attempt:
                     for batch in attempt.microbatches:
                         batch = batch.to(device)
-                        loss = train_step.forward(batch)
-                        train_step.backward(loss)
+                        # No name for the loss: its graph holds the model's weights, which others may want between two steps.
+                        train_step.backward(train_step.forward(batch))
                         train_step.add_zero_prediction(batch)
             group.all_reduce_(weights.gradient)
             group.all_reduce_(train_step.sums)

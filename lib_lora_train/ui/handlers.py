@@ -272,8 +272,9 @@ def _curve(values: Mapping[str, object], *, steps: int) -> str:
 
 
 def _digest(values: Mapping[str, object]) -> str:
-    """What a refusal carries to be known as the answer to these values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    """What a refusal carries to be known as the answer to these values. The preset is left out: it is named after them."""
+    asked = {name: value for name, value in values.items() if name != "preset"}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _answers(answer: str, values: Mapping[str, object]) -> bool:

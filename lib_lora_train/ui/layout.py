@@ -74,7 +74,7 @@ def build_tab(*, runner: Runner, host: Host, token: str) -> gr.Blocks:
         outputs = list(fields.values())
         inputs = [*outputs, preset]
         # No handler waits for another: the queue is for images.
-        quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_name": False}
+        quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, **_no_endpoint(gr.__version__)}
         page = gr.State(Latest())
         planning = {"fn": handlers.plan, "inputs": [key, page, answer, preset, *inputs],
                     "outputs": [summary, draft, answer, overwrite, preset, curve], **quiet}
@@ -95,6 +95,15 @@ def build_tab(*, runner: Runner, host: Host, token: str) -> gr.Blocks:
         overwrite.click(handlers.start_overwriting, inputs=[key, page, answer, *inputs], outputs=[answer, overwrite],
                         **quiet).then(**planning)
     return tab
+
+
+def _no_endpoint(version: str) -> dict[str, object]:
+    """The arguments with which that version of gradio makes no endpoint of its API of an event.
+
+    gradio 4 says of every such event "Too many arguments provided for the endpoint" in the browser's console: it compares them
+    with those of the endpoint, and there is none. They arrive all the same.
+    """
+    return {"api_visibility": "private"} if int(version.partition(".")[0]) >= 6 else {"api_name": False}
 
 
 def _settings_column(fields: dict[str, Any], first: Mapping[str, Value]) -> tuple[Any, Any, Any, Any]:

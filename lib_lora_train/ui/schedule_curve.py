@@ -27,12 +27,12 @@ def schedule_curve(settings: Settings, *, steps: int = 0) -> str:
     line = " ".join(f"{step / max(1, length - 1) * _WIDTH:.1f},{(1 - factor) * _HEIGHT:.1f}"
                     for step, factor in zip(shown, factors, strict=True))
     end = "next to nothing" if factors[-1] < 1e-3 else f"{factors[-1] * rate:.3g}"
-    told = (f"{schedule.name}: {max(factors) * rate:.3g} at most, {end} at the end of "
-            f"{'' if steps or optimizer.max_train_steps else 'for example '}{length} steps")
+    said = [f"{schedule.name}: {max(factors) * rate:.3g} at most, {end} at the end of {length} steps"]
+    if not steps and not optimizer.max_train_steps:
+        said.append("the number of steps is an example")
     if traits.adapts_rate:
-        told += "; times the rate that the optimizer finds"
-    if traits.own_schedule:
-        told += f"; {traits.own_schedule}"
+        said.append("times the rate that the optimizer finds")
+    told = "; ".join([*said, *filter(None, [traits.own_schedule])])
     drawn = (f'<svg viewBox="-2 -2 {_WIDTH + 4} {_HEIGHT + 4}" preserveAspectRatio="none" role="img" '
              f'aria-label="{html.escape(told)}"><path d="M0 0V{_HEIGHT}H{_WIDTH}"/><polyline points="{line}"/></svg>')
     return f"{_OPEN}{drawn}{html.escape(told)}</div>"

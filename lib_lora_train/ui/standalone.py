@@ -32,7 +32,7 @@ from lib_lora_train.ui.layout import build_tab
 _ROOT = Path(__file__).resolve().parents[2]
 # The WebUI loads the folder in the order of names; what the others are built of comes first here.
 SCRIPTS = tuple(_ROOT / "javascript" / f"lora_train{part}.js" for part in (
-    *(f"_studio_{part}" for part in (
+    "_language", *(f"_studio_{part}" for part in (
         "parts", "api", "top", "add", "gallery", "editor", "tags", "panels", "shape", "mask", "caption")),
     "_chart", "_curve", "_progress", "_resume", "_send", "_files", "_queue", "_result", "_zoom",
     "_strip", "_verdict", "_learning", "", "_studio",

@@ -86,7 +86,7 @@ def test_each_problem_is_marked_at_its_image_and_said_in_a_sentence(tmp_path: Pa
         "mute.png": {"empty_caption"}, "twin.png": {"duplicate", "small"}, "broken.png": {"broken", "no_caption"}}
     assert [[path.name for path in group] for group in report.duplicates] == [["larger twin.png", "twin.png"]]
     for words in (["2 pictures are smaller", "small.png, 300×200"], ["blurred (blurred.png)"], ["strip.png"],
-                  ["2 pictures have no caption file", "trigger word"], ["mute.png"], ["twin.png like larger twin.png"],
+                  ["2 pictures have no caption file", "trigger word"], ["mute.png"], ["twin.png ≈ larger twin.png"],
                   ["1 picture cannot be used", "broken.png", "it is damaged"]):
         advice(report, *words)
     assert all(sentence.endswith(".") and not sentence[0].islower() for sentence in report.advice)

@@ -96,7 +96,7 @@ def webui(card: Card, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespa
     lease = importlib.import_module("lib_lora_train.host.webui.lease")
     a1111 = importlib.import_module("lib_lora_train.host.webui.a1111")
     monkeypatch.setattr(lease, "detect", nothing)  # it is no Stable Diffusion
-    for name, answer in (("hints", Hints()), ("describe", None), ("tokenizers", None)):
+    for name, answer in (("hints", Hints()), ("describe", None), ("tokenizers", ())):
         monkeypatch.setattr(a1111, name, lambda _, answer=answer: answer)
     yield SimpleNamespace(lease=lease, access=a1111, sd_model=sd_model, lock=lock, processing=processing, state=state,
                           misplaced=placement.MisplacedTensors(), shown=lambda: bool(state.job or pending or running))

@@ -1,7 +1,7 @@
 """Every kind of network on every family in every precision: a whole run of three steps, saved, cut off and gone on with.
 
-The suite runs a selection in which each kind meets each family and, of the eight-bit weights one, each precision; with
-FULL_MATRIX=1 all of them are run:
+The suite runs a selection in which each kind meets each family and, of the eight-bit weights one, each precision, and goes on
+with one run of each kind; with FULL_MATRIX=1 all of them are run:
 
     FULL_MATRIX=1 python -m pytest tests/run/test_network_matrix.py
 """
@@ -29,6 +29,7 @@ from tests.conftest import MakeImage
 from tests.jobs import run_settings
 from tests.model.checkpoint_files import write_shallow
 
+FULL = bool(os.environ.get("FULL_MATRIX"))
 FAMILIES = ("sd1", "sd2", "sdxl")
 PRECISIONS = {
     "fp32": ({"mixed_precision": "no"}, torch.float32), "bf16": ({"mixed_precision": "bf16"}, torch.bfloat16),
@@ -87,7 +88,7 @@ def check_keys(tensors: Mapping[str, torch.Tensor], *, kind: str, family: str) -
     assert any(CONVOLUTIONS[family] in layer for layer in layers) == ("conv_dim" in values)
 
 
-@pytest.mark.parametrize(("kind", "family", "precision"), ALL if os.environ.get("FULL_MATRIX") else SELECTED)
+@pytest.mark.parametrize(("kind", "family", "precision"), ALL if FULL else SELECTED)
 def test_a_run_trains_and_saves_and_one_that_was_cut_off_ends_in_the_same_bytes(
         kind: str, family: str, precision: str, images: Path, tmp_path: Path, checkpoints: dict[str, Path],
         monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +122,7 @@ def test_a_run_trains_and_saves_and_one_that_was_cut_off_ends_in_the_same_bytes(
         said = json.loads(state.metadata()["lora_train_state"])
     assert (said["computed_in"], said["base"]) == (str(dtype).removeprefix("torch."), changes.get("base_weights", ""))
 
-    resumed = trained(cut_off, resume=str(cut_off))
-    assert losses[3:] == losses[2:3]
-    assert resumed.keys() == tensors.keys() and all(torch.equal(resumed[name], tensors[name]) for name in tensors)
+    if FULL or precision == "bf16":
+        resumed = trained(cut_off, resume=str(cut_off))
+        assert losses[3:] == losses[2:3]
+        assert resumed.keys() == tensors.keys() and all(torch.equal(resumed[name], tensors[name]) for name in tensors)

@@ -292,10 +292,12 @@ def test_a_permission_to_overwrite_is_for_the_lora_it_was_given_for(handlers: Ha
 
 
 def test_a_refusal_goes_when_what_it_refused_is_changed(handlers: Handlers, tmp_path: Path):
-    refused = values(train_data_dir=str(images(tmp_path / "pictures")))
+    # Settings unlike any preset's: the plan calls the preset by another name than the start was given.
+    refused = values(train_data_dir=str(images(tmp_path / "pictures")), network_dim=3)
     answer, _ = handlers.start(TOKEN, Latest(), *refused)
     assert "no name" in answer
-    assert plan(handlers, refused, answer)[2:4] == [gr.update(), gr.update()]
+    for preset in (NO_PRESET, f"{NO_PRESET}, changed"):
+        assert plan(handlers, [*refused[:-1], preset], answer, preset)[2:4] == [gr.update(), gr.update()]
     mended = values(train_data_dir=str(tmp_path / "pictures"), output_name="zzk")
     assert plan(handlers, mended, answer)[2:4] == ["", gr.update(visible=False)]
 

@@ -10,7 +10,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -18,16 +17,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tools import tiny_checkpoint
+from tests.webui.installation import installed
 
 REPOSITORY = Path(__file__).parents[2]
 EXTENSION_PARTS = ("lib_lora_train", "scripts", "javascript", "localizations", "install.py", "style.css",
                    "style_results.css")
-START_SECONDS = 180
-FLAGS = (
-    "--skip-prepare-environment", "--skip-python-version-check", "--skip-version-check", "--skip-torch-cuda-test",
-    "--skip-install", "--no-download-sd-model", "--use-cpu", "all", "--no-half", "--api",
-    "--disable-console-progressbars")
+START_SECONDS = 600
+LOADS_LATER = "--skip-load-model-at-start"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +56,8 @@ class WebUI:
         this WebUI ends with an error."""
         def started() -> bool:
             assert self.process.poll() is None, f"the WebUI ended\n{self.log[-3000:]}"
-            return self.log.count("Startup time:") >= times and self.get("/probe/state")["loaded"]
+            loads = LOADS_LATER not in self.process.args
+            return self.log.count("Startup time:") >= times and (not loads or self.get("/probe/state")["loaded"])
 
         until(started, what="the WebUI starts", seconds=START_SECONDS)
 
@@ -122,17 +119,20 @@ def fill(data: Path) -> None:
         shutil.copy(Path(__file__).parents[1] / name, data / "extensions" / "probe")
     (data / "config.json").write_text(json.dumps({
         # "Approx NN" would download a model; images with their settings inside would differ by the time they took.
-        "samples_save": False, "grid_save": False, "show_progress_type": "Approx cheap", "enable_pnginfo": False}))
+        "samples_save": False, "grid_save": False, "show_progress_type": "Approx cheap", "enable_pnginfo": False,
+        "sd_model_checkpoint": "tiny.safetensors",
+        # Without this, Forge Neo takes the settings for an older version's and waits at its console.
+        "VERSION_UID": "PY313"}))
     (data / "ui-config.json").write_text(json.dumps({
         "txt2img/Width/value": 64, "txt2img/Height/value": 64,
         "customscript/sampler.py/txt2img/Sampling steps/value": 2}))
-    tiny_checkpoint.write(data / "models" / "Stable-diffusion")
+    installed().write_checkpoint(data / "models" / "Stable-diffusion", "tiny")
 
 
 def running(data: Path, *flags: str, login: str = "") -> Iterator[WebUI]:
     """The WebUI of WEBUI_ROOT on that data folder, from when it answers until the generator is closed."""
-    root = Path(os.environ["WEBUI_ROOT"]).resolve()
-    python = os.environ.get("WEBUI_PYTHON", sys.executable)
+    installation = installed()
+    root = installation.root
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -140,12 +140,11 @@ def running(data: Path, *flags: str, login: str = "") -> Iterator[WebUI]:
         **os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False",
         # A small model gains nothing from threads, and they wait for each other on a machine that is busy.
         "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
-        # The WebUI's own ldm, even where a package of that name is installed.
+        # The WebUI's own ldm, where it has one, even where a package of that name is installed.
         "PYTHONPATH": str(root / "repositories" / "stable-diffusion-stability-ai")}
     with open(data / "webui.log", "wb") as log:
         process = subprocess.Popen(
-            [python, "launch.py", *FLAGS, "--data-dir", str(data), "--port", str(port),
-             "--ckpt", str(data / "models" / "Stable-diffusion" / "tiny.safetensors"), *flags],
+            [installation.python, "launch.py", *installation.flags(data), "--port", str(port), *flags],
             cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     webui = WebUI(f"http://127.0.0.1:{port}", data, process, login)
     try:

@@ -26,10 +26,14 @@ class Tab:
     def open(self) -> None:
         """Load the page anew and go to the tab."""
         self.page.goto(self.webui.url)
-        self.page.get_by_role("button", name="Train LoRA", exact=True).click()
-        self.page.get_by_role("button", name="2 Train", exact=True).click()
+        for name in ("Train LoRA", "2 Train"):
+            # The role of a tab's button is "button" in gradio 3 and "tab" in gradio 4.
+            self.page.get_by_role("button", name=name, exact=True).or_(
+                self.page.get_by_role("tab", name=name, exact=True)).click()
         # The summary says something as soon as gradio listens to the page.
         expect(self.part("summary")).to_contain_text(re.compile(r"\w"))
+        # What the page remembers is put back with that text, which the first plan replaces.
+        expect(self.part("summary")).not_to_contain_text("Looking at the pictures")
 
     def part(self, name: str):
         return self.page.locator(f"#lora_train_{name}").first
@@ -44,6 +48,7 @@ class Tab:
                           "train_data_dir": str(dataset)}.items():
             self.box(box).fill(text)
             self.box(box).blur()
+            expect(self.box(box)).to_have_value(text)
         expect(self.part("summary")).to_contain_text(f"= {steps:,} steps")
 
     def at_step(self, step: int) -> None:

@@ -26,7 +26,7 @@ from lib_lora_train.host.webui import clones
 from lib_lora_train.host.webui.model_access import Identity, attention_heads, described, listed, refusal_of
 from lib_lora_train.model.family import Hints
 from lib_lora_train.model.sd.components import UNET_PREFIX, VAE_PREFIX
-from lib_lora_train.model.sd.refusals import SUPPORTED, refuse_other_kinds, refuse_quantised
+from lib_lora_train.model.sd.refusals import SUPPORTED, quantised, refuse_other_kinds, refuse_quantised
 from lib_lora_train.model.sd.tokens import FunctionTokenizer, Tokenizer
 
 _TEXT_PREFIXES = {"sd1": {"clip_l": "cond_stage_model."}, "sd2": {"clip_h": "cond_stage_model."},
@@ -35,6 +35,8 @@ _TEXT_PREFIXES = {"sd1": {"clip_l": "cond_stage_model."}, "sd2": {"clip_h": "con
 _ENGINES = {"StableDiffusion3": "a Stable Diffusion 3 model", "StableDiffusionXLRefiner": "the SDXL refiner"}
 _identities: weakref.WeakKeyDictionary[Any, Identity] = weakref.WeakKeyDictionary()
 """Of the engines that were asked for while it was known: an engine itself does not know its VAE's file."""
+_refusals: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+"""Of engines, whose weights are looked through once: they are described every second."""
 
 
 def current() -> Any:
@@ -126,12 +128,18 @@ def refuse_kind(engine: Any) -> None:
     stem = "input_blocks.0.0.weight"
     refuse_other_kinds({f"{UNET_PREFIX}{stem}": unet.get_parameter(stem)})
     for part in (unet, vae, *(getattr(text, encoder).transformer for encoder in _TEXT_PREFIXES[_family(engine)])):
-        refuse_quantised(dict(part.named_parameters()))
+        weights = dict(part.named_parameters())
+        refuse_quantised(weights)
+        for name, weight in weights.items():
+            if type(weight) not in (Tensor, nn.Parameter):  # holds its numbers as it likes, whatever its dtype says
+                raise quantised(name, type(weight).__name__)
 
 
 def describe(engine: Any) -> Checkpoint:
     """See `ModelAccess`."""
-    refusal = refusal_of(sys.modules[__name__], engine)
+    if engine not in _refusals:
+        _refusals[engine] = refusal_of(sys.modules[__name__], engine)
+    refusal = _refusals[engine]
     return described(engine.sd_checkpoint_info, family="" if refusal else _family(engine), vae=identity(engine).vae,
                      refusal=refusal)
 

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from lib_lora_train.host.webui.progress import ProgressDisplay
 from lib_lora_train.host.webui.queue import QueueLock
 from lib_lora_train.model.family import detect
 from lib_lora_train.model.sd.hints_file import with_words_of_file
+from lib_lora_train.model.sd.tokens import FunctionTokenizer, Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class WebUILease(LeasedModel):
         self._places: dict[str, torch.device] = {}  # of the parts that are not just where the WebUI keeps them
         self._checksums: Mapping[str, object] = {}
         self._identity: Identity | None = None
+        self._tokenizers: Sequence[Tokenizer] = ()
 
     @contextlib.contextmanager
     def leased(self) -> Iterator[None]:
@@ -79,11 +81,16 @@ class WebUILease(LeasedModel):
         self._set_up(sd_model)
         super().__init__(
             self.tensors, with_words_of_file(self._access.hints(sd_model), model_access.file_of(sd_model)),
-            self._access.describe(sd_model), self.device, self._access.tokenizers(sd_model),
+            self._access.describe(sd_model), self.device, self._lasting_tokenizers() or None,
             clip_skip=int(shared.opts.CLIP_stop_at_last_layers),
             comma_padding_backtrack=int(shared.opts.comma_padding_backtrack))
         detect(self.tensors, self.hints)
         self._identity = self._access.identity(sd_model)
+
+    def _lasting_tokenizers(self) -> list[Tokenizer]:
+        """The WebUI's, asked of the model as it is leased at that moment: one that was loaded again has others."""
+        return [FunctionTokenizer(lambda text, index=index: self._tokenizers[index].encode(text), start=first.start,
+                                  end=first.end, comma=first.comma) for index, first in enumerate(self._tokenizers)]
 
     def others_waiting(self) -> bool:
         """Whether a generation, a change of checkpoint or other work waits in the WebUI's queue."""
@@ -96,7 +103,8 @@ class WebUILease(LeasedModel):
         """
         self._checksums = self._checksums or model_access.checksums(self.tensors)
         self._restore()
-        self.tensors, self._originals = {}, {}  # the WebUI may want their memory for another model
+        # The WebUI may want their memory for another model.
+        self.tensors, self._originals, self._tokenizers = {}, {}, ()
         if self._misplaced:
             report(Warned(str(_misplaced_error())))
         try:
@@ -135,6 +143,7 @@ class WebUILease(LeasedModel):
         self._access.unload(sd_model)
         self.device, self.tensors = model_access.device(), self._access.collect(sd_model)
         self._originals = {tensor: placement.device_of(tensor) for tensor in self.tensors.values()}
+        self._tokenizers = self._access.tokenizers(sd_model)
         self.version_check = VersionCheck(self._access, sd_model, self.tensors)
 
     def _restore(self) -> None:

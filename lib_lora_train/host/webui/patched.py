@@ -28,8 +28,6 @@ from lib_lora_train.host.webui.a1111 import (
     select,
     tokenizers,
 )
-from lib_lora_train.host.webui.model_access import family_of
-from lib_lora_train.model.sd.components import UNET_PREFIX
 
 __all__ = ["current", "load", "select", "pending", "restored", "may_be_back", "identity", "refuse_kind", "modules", "hints",
            "tokenizers"]
@@ -42,10 +40,10 @@ def refuse_options() -> None:
 def describe(sd_model: Any) -> Checkpoint:
     """See `ModelAccess`. The shell takes SD2 for SD1; the UNet tells them apart."""
     checkpoint = a1111.describe(sd_model)
-    if not checkpoint.family:
-        return checkpoint
-    unet = {f"{UNET_PREFIX}{name}": weight for name, weight in sd_model.model.diffusion_model.named_parameters()}
-    return dataclasses.replace(checkpoint, family=family_of(unet))
+    names = sd_model.model.diffusion_model.named_parameters() if checkpoint.family == "sd1" else ()
+    projection = next((weight for name, weight in names if name.endswith(".proj_in.weight")), None)
+    linear = projection is not None and projection.ndim == 2
+    return dataclasses.replace(checkpoint, family="sd2") if linear else checkpoint
 
 
 def collect(sd_model: Any) -> dict[str, Tensor]:

@@ -62,9 +62,13 @@ def refuse_quantised(part: Mapping[str, Tensor]) -> None:
     for name, tensor in part.items():
         # Buffers such as `position_ids` are integers in sound checkpoints.
         if name.startswith(_USED) and name.endswith((".weight", ".bias")) and (stored := _compressed(tensor)):
-            raise ModelError(
-                "The weights of this checkpoint are quantised", why=f"'{name}' is stored as {stored}",
-                remedy="load it in 16 or 32 bits (no fp8, nf4 or gguf storage)")
+            raise quantised(name, stored)
+
+
+def quantised(name: str, stored: str) -> ModelError:
+    """The error for a checkpoint whose tensor `name` is stored as `stored`."""
+    return ModelError("The weights of this checkpoint are quantised", why=f"'{name}' is stored as {stored}",
+                      remedy="load it in 16 or 32 bits (no fp8, nf4 or gguf storage)")
 
 
 def _compressed(tensor: Tensor) -> str:
@@ -73,8 +77,6 @@ def _compressed(tensor: Tensor) -> str:
         return f"GGUF ({gguf.__name__})"
     if hasattr(tensor, "quant_type"):  # of bitsandbytes
         return str(tensor.quant_type)
-    if type(tensor) not in (Tensor, torch.nn.Parameter):  # holds its numbers as it likes, whatever its dtype says
-        return type(tensor).__name__
     stored = str(tensor.dtype).removeprefix("torch.")
     return "" if tensor.dtype in _FLOATS else f"{stored} (fp8)" if stored.startswith("float8") else stored
 

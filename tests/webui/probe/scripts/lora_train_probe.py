@@ -45,7 +45,7 @@ _places: dict[str, list[list[str]]] = {"training": [], "painting": []}
 def model() -> dict[str, Any]:
     """A hash for every tensor of the loaded model: bytes, shape, dtype, requires_grad; and any gradient there is."""
     with call_queue.queue_lock:
-        tensors = sd_models.model_data.sd_model.state_dict(keep_vars=True)
+        tensors = _all_tensors(sd_models.model_data.sd_model)
         return {
             "digests": {name: _digest(tensor) for name, tensor in tensors.items()},
             "gradients": [name for name, tensor in tensors.items() if tensor.grad is not None]}
@@ -411,6 +411,16 @@ def _png(image: Image.Image) -> str:
     content = io.BytesIO()
     image.save(content, "PNG")
     return base64.b64encode(content.getvalue()).decode()
+
+
+def _all_tensors(sd_model: Any) -> dict[str, torch.Tensor]:
+    """Every tensor of the loaded model. Forge's is no module, but holds three."""
+    if not hasattr(sd_model, "forge_objects"):
+        return sd_model.state_dict(keep_vars=True)
+    held = sd_model.forge_objects
+    modules = (held.unet.model, held.clip.cond_stage_model, held.vae.first_stage_model)
+    return {f"{number}.{name}": tensor for number, module in enumerate(modules)
+            for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
 def _digest(tensor: torch.Tensor) -> str:
