@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from pathlib import Path
@@ -63,6 +64,18 @@ def test_fields_buttons_and_presets_are_called_as_on_the_page(name: str) -> None
     text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     bold = set(re.findall(r"\*\*((?:[1-5] )?[A-Z][ -)+-~]{1,26})\*\*", text)) - labels - PROSE
     assert {words for words in bold if not {f'"{words}"', f'"{words[2:]}"'} & texts} == set()
+
+
+@pytest.mark.parametrize("language", ["zh_CN", "ja_JP"])
+def test_a_translated_tutorial_has_the_words_of_the_translated_page(language: str) -> None:
+    """Behind each English name stands in brackets what the page in that language says."""
+    texts = json.loads((ROOT / "localizations" / f"{language}.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / f"first-lora.{language.removesuffix('_JP')}.md").read_text(encoding="utf-8")
+    named = re.findall(r"\*((?:[1-5] )?[A-Z][^*\n;]*|likeness|prompt|drift|copies)\*{1,2}（([^）]+)）", page)
+    assert len(named) > 20
+    for english, other in set(named) - {("Generate", "生成")}:  # the WebUI's own button
+        shown = texts.get(english) or texts.get(f"{english}.") or texts.get(english[2:])
+        assert shown and re.sub(r"^[1-5] |。$", "", shown) == other, english
 
 
 @pytest.mark.parametrize("name", ["Character", "Style", "Object"])

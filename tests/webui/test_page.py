@@ -32,6 +32,8 @@ class Tab:
                 self.page.get_by_role("tab", name=name, exact=True)).click()
         # The summary says something as soon as gradio listens to the page.
         expect(self.part("summary")).to_contain_text(re.compile(r"\w"))
+        # What the page remembers is put back with that text, which the first plan replaces.
+        expect(self.part("summary")).not_to_contain_text("Looking at the pictures")
 
     def part(self, name: str):
         return self.page.locator(f"#lora_train_{name}").first
@@ -46,6 +48,7 @@ class Tab:
                           "train_data_dir": str(dataset)}.items():
             self.box(box).fill(text)
             self.box(box).blur()
+            expect(self.box(box)).to_have_value(text)
         expect(self.part("summary")).to_contain_text(f"= {steps:,} steps")
 
     def at_step(self, step: int) -> None:

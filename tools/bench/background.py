@@ -36,7 +36,7 @@ from lib_lora_train.host.port import Host
 from lib_lora_train.settings import Settings
 from tools.bench.real_images import SIDE, to_image
 from tools.bench.report import grid, machine_text, write_report
-from tools.bench.sampler import Sampler
+from tools.bench.sampler import CFG_SCALE, Sampler
 from tools.bench.style import save_sheet
 from tools.bench.subject import KEPT_BACK, SCENES, TRIGGER
 from tools.bench.training import Say, train_lora
@@ -61,6 +61,7 @@ class BackgroundPlan:
     seeds: tuple[int, ...] = (42, 43)
     steps: int = 200
     samples: int = 2
+    cfg_scale: float = CFG_SCALE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Figures:
 def run_background(plan: BackgroundPlan, host: Host, *, say: Say) -> str:
     """Measure, write background.md and background.json into the output folder, and return the table."""
     data, kept_back = write_dataset(SUBJECT, plan.output / "subject")
-    sampler = Sampler(host, steps=12)
+    sampler = Sampler(host, steps=12, cfg_scale=plan.cfg_scale)
     called = [f"{TRIGGER}, {scene}" for scene in SCENES for _ in range(plan.samples)]
     others = [word for word in WITHOUT_TRIGGER for _ in range(plan.samples)]
     base = sampler.sample([*called, *others])
@@ -173,5 +174,5 @@ def _table(found: Sequence[Figures], plan: BackgroundPlan) -> str:
     names = ("stripes", "leak", "drift", "likeness")
     seeds = ", ".join(map(str, plan.seeds))
     rows = [(case, *(cell(case, name) for name in names)) for case in plan.cases]
-    return "\n".join([f"{plan.steps} steps, seeds {seeds}: mean (least to most). {machine_text(torch.device('cpu'))}", "",
-                      grid(("training", *names), rows)])
+    made = f"{plan.steps} steps, CFG scale {plan.cfg_scale:g}, seeds {seeds}: mean (least to most)."
+    return "\n".join([f"{made} {machine_text(torch.device('cpu'))}", "", grid(("training", *names), rows)])

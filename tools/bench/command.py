@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
                             "'masked, 0.1 outside', 'masked, base outside', dop, blank or dco; may be repeated")
     background.add_argument("--seeds", default="42,43", metavar="N,N,…", help="a run for each (42,43)")
     background.add_argument("--steps", type=int, default=200, help="of each run (200)")
+    background.add_argument("--cfg-scale", type=float, default=2.0, help="of the generated pictures (2)")
     background.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
     _add_speed(commands)
     memory = _add(commands, "memory", run_memory, "compare the memory plan's prediction with what is measured here; predict "
@@ -202,7 +203,8 @@ def run_background(chosen: argparse.Namespace) -> int:
     if unknown := sorted(set(cases) - background.CASES.keys()):
         raise SettingError(f"There is no case called {unknown[0]}", remedy=f"choose of {'; '.join(background.CASES)}")
     torch.set_num_threads(max(1, chosen.threads))
-    plan = background.BackgroundPlan(chosen.out, cases=cases, seeds=_numbers("--seeds", chosen.seeds), steps=chosen.steps)
+    plan = background.BackgroundPlan(chosen.out, cases=cases, seeds=_numbers("--seeds", chosen.seeds), steps=chosen.steps,
+                                     cfg_scale=chosen.cfg_scale)
     host = StandaloneHost(CHECKPOINT, lora_folder=chosen.out / "loras", runs_folder=chosen.out / "runs")
     return _done(background.run_background(plan, host, say=_say), chosen)
 
