@@ -6,6 +6,7 @@ is before any model was loaded.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -60,10 +61,21 @@ def before(webui: WebUI) -> dict[str, Any]:
 
 def trained(tab: Tab, dataset: Path, name: str, *, steps: int = STEPS) -> Path:
     """The file that a run from the page leaves."""
-    tab.fill(name, dataset, steps=steps)
-    tab.part("start").click()
+    press_train(tab, dataset, name, steps=steps)
     ready(tab, name)
     return tab.webui.loras / f"{name}.safetensors"
+
+
+def press_train(tab: Tab, dataset: Path, name: str, *, steps: int) -> None:
+    """Fill the fields and press the button, again where what the page puts back came only after them: on a busy machine it may
+    be late."""
+    for _ in range(3):
+        tab.fill(name, dataset, steps=steps)
+        tab.part("start").click()
+        with contextlib.suppress(AssertionError):
+            until(lambda: tab.webui.get("/lora-train/v1/status")["name"] == name, what=f"{name} begins", seconds=15)
+            return
+    pytest.fail(f"{name} did not begin: {tab.part('answer').inner_text()}")
 
 
 def ready(tab: Tab, name: str) -> None:
@@ -80,8 +92,7 @@ def long_run() -> int:
 
 def started(tab: Tab, dataset: Path, name: str, *, steps: int = MANY) -> None:
     """A run from the page, in its midst."""
-    tab.fill(name, dataset, steps=steps)
-    tab.part("start").click()
+    press_train(tab, dataset, name, steps=steps)
 
     def learning() -> bool:
         status = tab.webui.get("/lora-train/v1/status")
