@@ -130,17 +130,17 @@ window.loraTrainLanguage = window.loraTrainLanguage || (function() {
         }
         if (!best) return null;
         return filled(best.translation, Object.fromEntries(best.names.map((name, index) =>
-            [name, inside(best.found[index + 1], depth + 1)])));
+            [name, inside(name, best.found[index + 1], depth + 1)])));
     }
 
-    /** What stands in a field: a single word is a name or a value and stays. */
-    function inside(text, depth) {
+    /** What stands in a field: a single word is a name or a value and stays, unless it is a setting's. */
+    function inside(name, text, depth) {
         const named = NAMED.exec(text);
         if (named && known.exact.has(named[1])) {
             return filled(known.exact.get("{label} ({setting})") || "{label} ({setting})",
                 {label: known.exact.get(named[1]), setting: named[2]});
         }
-        return (text.includes(" ") && find(text, depth)) || text;
+        return ((text.includes(" ") || name === "setting_label") && find(text, depth)) || text;
     }
 
     /** Of several texts one after the other. */

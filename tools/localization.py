@@ -48,13 +48,15 @@ NO_TEXTS = frozenset({
 JOINTS = ("{first} {second}", "{first} · {second}", "{first}; {second}", "{first}: {second}", "{first}, {second}",
           "{first} and {second}", "{sentence}.", "{label} ({setting})")
 """What stands between texts that are shown one after the other, and how a setting is named; of no file."""
+GRADIO = ("number input for {setting_label}", "range slider for {setting_label}")
+"""What gradio 4 says itself about a setting's field, to who hears the page."""
 FIELD = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
 @functools.cache
 def texts() -> dict[str, str]:
     """template -> "file:line" of the first place it stands in, in the order of the files."""
-    found: dict[str, str] = dict.fromkeys(JOINTS, "tools/localization.py")
+    found: dict[str, str] = dict.fromkeys((*JOINTS, *GRADIO), "tools/localization.py")
     shapes = set(map(shape, JOINTS))
     for path, texts in _sources():
         for text, line in texts.items():
