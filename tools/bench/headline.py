@@ -74,10 +74,12 @@ def _of_style(host: Host, sampler: Sampler, scorer: JointScorer, style: str, *, 
         both = torch.stack([one.prod(0) for one in right])
         gain, gain_error = _over_words(both[1:].mean(0) - both[0], extent.seeds)
         mean, error = _over_words(both[1:].mean(0), extent.seeds)
-        copies = float((nearest_distance(torch.cat(painted[1:]), training) < nearest).float().mean())
-        rows += [HeadlineRow(style, f"model alone, CFG {scale:g}", *_figures(base, extent.seeds)),
-                 HeadlineRow(style, f"LoRA, CFG {scale:g}", *trained.mean(1).tolist(), mean, error, gain, gain_error, copies)]
-    save_sheet(output / f"{style}.png", [painted[0][::extent.seeds], painted[1][::extent.seeds]])
+        copies = [float((nearest_distance(pixels, training) < nearest).float().mean())
+                  for pixels in (painted[0], torch.cat(painted[1:]))]
+        rows += [HeadlineRow(style, f"model alone, CFG {scale:g}", *_figures(base, extent.seeds), copies=copies[0]),
+                 HeadlineRow(style, f"LoRA, CFG {scale:g}", *trained.mean(1).tolist(), mean, error, gain, gain_error,
+                             copies[1])]
+    save_sheet(output / f"{style}.png", [painted[0][::extent.seeds], painted[1][::extent.seeds], shown])
     return rows
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tools.bench.real_images import HELD_OUT, STYLE
 from tools.bench.sampler import Sampler
-from tools.bench.scorers import WordScorer
+from tools.bench.scorers import WordScorer, at_64
 from tools.bench.style_scorer import StyleClassifier, StyleGate
 from tools.bench.styled_images import GRADED, StyledImages
 
@@ -68,12 +68,13 @@ class JointScorer:
         self.words = held_out[::extent.every]
         self._among = torch.tensor([images.words.index(word) for word in held_out])
         learnt = [word for word in images.words if split[word] != HELD_OUT]
-        shown = {style: images.of(style, learnt)[1] for style in images.images}
+        shown = {style: at_64(images.of(style, learnt)[1]) for style in images.images}
+        shown |= {style: torch.cat([shown[style], more]) for style, more in images.more.items()}
         asked = [word for word in learnt if split[word] == STYLE][::extent.every]
         painted = torch.cat([_sampled(sampler, asked, scale) for scale in PAINTED_AT])
         self._style = StyleClassifier.fit(
             {style: shown[style] for style in GRADED},
-            [*(pixels for style, pixels in shown.items() if style not in GRADED), painted, painted],
+            [*(pixels for style, pixels in shown.items() if style not in GRADED), at_64(painted), at_64(painted)],
             steps=extent.style_steps, fits=extent.fits, seed=SEED)
         self._word = self._word_scorer(images.images)
         self.gates = dict(zip(GRADED, zip(self._style_gates(sampler), self._word_gates(), strict=True), strict=True))

@@ -90,7 +90,7 @@ class WordScorer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = _Words(int(labels.max()) + 1)
-        small, generator = at_64(images), torch.Generator().manual_seed(seed)
+        small, generator = _on_white(at_64(images)), torch.Generator().manual_seed(seed)
 
         def loss() -> torch.Tensor:
             rows = torch.randint(len(small), (96,), generator=generator)
@@ -103,16 +103,16 @@ class WordScorer:
     @torch.no_grad()
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """[N, 64] of length 1; near for images of the same thing."""
-        return self._network.features(at_64(pixels))
+        return self._network.features(_on_white(at_64(pixels)))
 
     @torch.no_grad()
     def word(self, pixels: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
         """int64 [N]: the most likely word of each image, as a position in `among` (the words' numbers)."""
-        return self._network(at_64(pixels))[:, among].argmax(dim=1)
+        return self._network(_on_white(at_64(pixels)))[:, among].argmax(dim=1)
 
     def accuracy(self, pixels: torch.Tensor, words: torch.Tensor) -> float:
         """The share of `pixels` [n] that it takes for their own word among `words` [n], varied as it has not seen them."""
-        shown = augmented(at_64(pixels), torch.Generator().manual_seed(1 << 40), scale=(0.95, 1.1), shift=0.1,
+        shown = augmented(_on_white(at_64(pixels)), torch.Generator().manual_seed(1 << 40), scale=(0.95, 1.1), shift=0.1,
                         turn=0.1, colour=0.1, grey=0.0, noise=0.02)
         with torch.no_grad():
             found = self._network(shown)[:, words].argmax(dim=1)
@@ -286,3 +286,9 @@ def augmented(x: torch.Tensor, generator: torch.Generator, *, scale: tuple[float
     pale = (drawn(1, 1, 1) < grey).float()
     x = (1 - pale) * x + pale * x.mean(dim=1, keepdim=True)
     return x + 2 * noise * drawn(1, 1, 1) * torch.randn(x.shape, generator=generator)
+
+
+def _on_white(x: torch.Tensor) -> torch.Tensor:
+    """What differs from the ground, on white: images on white stay as they are, white lines on blue become dark ones."""
+    rim = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], dim=2)
+    return 1 - (x - rim.median(dim=2).values[:, :, None, None]).abs()

@@ -48,7 +48,7 @@ class StyleClassifier:
     @classmethod
     def fit(cls, styles: Mapping[str, torch.Tensor], others: Sequence[torch.Tensor], *, steps: int, fits: int, seed: int
             ) -> StyleClassifier:
-        """Images [n, 3, 128, 128] of the styles by name, and of several that are none of them."""
+        """Images [n, 3, h, h] of 64 or 128 pixels, of the styles by name, and of several that are none of them."""
         known, none = [at_64(pixels) for pixels in styles.values()], [at_64(pixels) for pixels in others]
         return cls(tuple(styles), [_fitted(known, none, steps=steps, seed=seed + number) for number in range(fits)])
 

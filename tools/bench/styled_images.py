@@ -19,6 +19,7 @@ from PIL import Image, ImageChops, ImageFilter
 from lib_lora_train.errors import DatasetError
 from tools import styles
 from tools.bench.real_images import PAPER, STYLE, RealImages, enlarged, to_image
+from tools.bench.scorers import at_64
 
 BLUEPRINT, STICKER = "blueprint", "sticker"
 GRADED = (BLUEPRINT, STICKER, styles.OPENMOJI.name, styles.TWEMOJI.name)
@@ -30,11 +31,13 @@ class StyledImages:
     """All words with their split, and in each style the images of those that exist in it.
 
     images    {style: (rows [n] into `words`, pixels [n, 3, 128, 128] in [0, 1])}
+    more      {style: images [n, 3, 64, 64] of other words}, to learn the style from
     """
 
     words: tuple[str, ...]
     splits: tuple[str, ...]
     images: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    more: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
     def of(self, style: str, words: Sequence[str]) -> tuple[list[str], torch.Tensor]:
         """Those of `words` that exist in the style, and their pixels [n, 3, 128, 128], in the same order."""
@@ -61,9 +64,12 @@ def load(real: RealImages, packages: Path) -> StyledImages:
     for name, draw in ((BLUEPRINT, blueprint), (STICKER, sticker)):
         papers[name] = {word: draw(Image.fromarray(noto[word])) for word in real.words}
     row = {word: index for index, word in enumerate(real.words)}
+    more = {name: torch.from_numpy(np.stack([_on_white(Image.fromarray(image)) for word, image in of.items()
+                                             if word not in row])) for name, of in drawn.items()}
     return StyledImages(real.words, real.splits, {
         name: (torch.tensor([row[word] for word in of]), enlarged(torch.from_numpy(np.stack(list(of.values())))))
-        for name, of in papers.items()})
+        for name, of in papers.items()}, {
+        name: torch.cat([at_64(enlarged(some)) for some in of.split(64)]) for name, of in more.items()})
 
 
 def write_dataset(images: StyledImages, style: str, folder: Path) -> Path:
