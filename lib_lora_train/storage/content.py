@@ -55,7 +55,9 @@ def refuse_wrong_content(path: Path, error: type[LoraTrainError]) -> None:
     else:
         text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
         known = ((why, remedy) for beginnings, why, remedy in _BEGINNINGS if text.startswith(beginnings))
-        why, remedy = next(known, ("", "choose another file")) if size else ("it is empty", _DOWNLOAD)
+        why, remedy = next(known, ("", "")) if size else ("it is empty", _DOWNLOAD)
+        if not why:
+            raise error(f"{path.name} is not a safetensors file", remedy="choose another file")
     raise error(f"{path.name} is not a safetensors file", why=why, remedy=remedy)
 
 
