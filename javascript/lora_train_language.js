@@ -89,7 +89,7 @@ window.loraTrainLanguage = window.loraTrainLanguage || (function() {
 
     /** The translation of a text that the page shows, null where there is none. */
     function find(text, depth = 0) {
-        if (!known.exact.size || depth > DEEPEST) return null;
+        if (!known.exact.size || depth > DEEPEST || !/[A-Za-z]{2}/.test(text)) return null;
         if (!kept.has(text)) {
             if (kept.size > MOST_KEPT) {
                 kept.clear();

@@ -335,9 +335,11 @@ class _Reader:
             return self._texts(node.args[0])
         if called in self._constant and isinstance(node.func, ast.Name):
             return self._constant[called]
-        if ERRORS.search(called) and not FOREIGN.match(called) and node.args and not isinstance(node.args[0], ast.Starred):
-            return self._sentence(node)
-        return None
+        if not node.args or isinstance(node.args[0], ast.Starred) or FOREIGN.match(called):
+            return None
+        # A class that was given has no name, but the parts of an error.
+        given = isinstance(node.args[0], ast.JoinedStr) and any(keyword.arg in ("why", "remedy") for keyword in node.keywords)
+        return self._sentence(node) if given or ERRORS.search(called) else None
 
     def _counted(self, node: ast.Call) -> list[str] | None:
         nouns = [self._texts(argument) for argument in node.args[1:]]

@@ -10,16 +10,18 @@ from typing import Any
 from lib_lora_train.errors import LoraTrainError, counted
 
 _DOWNLOAD = "download it again"
-_PICKLED = ("a pickled file, which can run any program when it is opened", "convert it; a new name does not change what it is")
-# The first bytes -> what such a file is, and what to do.
+_PICKLED = ("it is a pickled file, which can run any program when it is opened",
+            "convert it; a new name does not change what it is")
+# The first bytes -> why such a file is none, and what to do.
 _BEGINNINGS = (
     ((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), *_PICKLED),
-    ((b"version https://git-lfs",), "a Git LFS pointer, a note of where the file itself is", "fetch it with git lfs pull"),
-    ((b"GGUF",), "a GGUF file, which holds quantised weights", "choose a .safetensors file"),
-    ((b"PK",), "a zip archive, as pickled files are too", "unpack it, and choose a .safetensors file"),
-    ((b"7z\xbc\xaf", b"Rar!", b"\x1f\x8b"), "a packed archive", "unpack it"),
-    ((b"<",), "a web page, as servers send it in place of a file that they refuse", _DOWNLOAD),
-    ((b"{", b"["), "a JSON text, as servers send it in place of a file that they refuse", _DOWNLOAD),
+    ((b"version https://git-lfs",), "it is a Git LFS pointer, a note of where the file itself is",
+     "fetch it with git lfs pull"),
+    ((b"GGUF",), "it is a GGUF file, which holds quantised weights", "choose a .safetensors file"),
+    ((b"PK",), "it is a zip archive, as pickled files are too", "unpack it, and choose a .safetensors file"),
+    ((b"7z\xbc\xaf", b"Rar!", b"\x1f\x8b"), "it is a packed archive", "unpack it"),
+    ((b"<",), "it is a web page, as servers send it in place of a file that they refuse", _DOWNLOAD),
+    ((b"{", b"["), "it is a JSON text, as servers send it in place of a file that they refuse", _DOWNLOAD),
 )
 LONGEST_HEADER = 100_000_000  # the longest that safetensors reads
 
@@ -49,12 +51,14 @@ def refuse_wrong_content(path: Path, error: type[LoraTrainError]) -> None:
             raise error(f"{path.name} is damaged", why=why, remedy=_DOWNLOAD)
         return
     if start[:2] == b"PK" and b"/data.pkl" in start:  # torch.save's archive
-        what, remedy = _PICKLED
+        why, remedy = _PICKLED
     else:
         text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
-        known = ((what, remedy) for beginnings, what, remedy in _BEGINNINGS if text.startswith(beginnings))
-        what, remedy = next(known, ("", "choose another file")) if size else ("empty", _DOWNLOAD)
-    raise error(f"{path.name} is not a safetensors file", why=what and f"it is {what}", remedy=remedy)
+        known = ((why, remedy) for beginnings, why, remedy in _BEGINNINGS if text.startswith(beginnings))
+        why, remedy = next(known, ("", "")) if size else ("it is empty", _DOWNLOAD)
+        if not why:
+            raise error(f"{path.name} is not a safetensors file", remedy="choose another file")
+    raise error(f"{path.name} is not a safetensors file", why=why, remedy=remedy)
 
 
 def _damage(header: bytes, *, missing: int) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lib_lora_train.errors import HostError, ModelError
@@ -240,6 +240,19 @@ def test_what_it_is_shows_before_it_is_loaded_and_the_lease_loads_it(forge):
     with (lease := forge.lease()).leased():
         assert lease.checkpoint.family == "sd1" and forge.access.pending() is None
     assert forge.loads == [forge.name]
+
+
+def test_a_file_whose_header_tells_that_it_is_not_trained_on_is_refused_before_it_is_loaded(forge, tmp_path):
+    webui = importlib.import_module(f"{PACKAGE}.model_access")
+    path = tmp_path / "flux.safetensors"
+    save_file({"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": torch.zeros(2, 2)}, path)
+    pickled = tmp_path / "pickled.ckpt"
+    pickled.write_bytes(b"")
+    info = SimpleNamespace(filename=str(path), name_for_extra="flux", title="flux", sha256="", hash="")
+    with pytest.raises(ModelError, match="a Flux model"):
+        webui.refuse_pending(info)
+    assert "Flux" in webui.describe_pending(info)[0].refusal
+    webui.refuse_pending(SimpleNamespace(**{**vars(info), "filename": str(pickled)}))  # what it is shows later
 
 
 def test_a_checkpoint_that_the_host_cannot_load_is_a_sentence(forge):

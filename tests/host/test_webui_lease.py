@@ -84,7 +84,8 @@ def webui(card: Card, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespa
     modules = ModuleType("modules")
     vars(modules).update(
         devices=devices, lowvram=SimpleNamespace(send_everything_to_cpu=nothing), processing=processing,
-        call_queue=SimpleNamespace(queue_lock=lock), sd_samplers=SimpleNamespace(all_samplers_map={"Euler": None}),
+        call_queue=SimpleNamespace(queue_lock=lock), scripts=SimpleNamespace(ScriptRunner=object),
+        sd_samplers=SimpleNamespace(all_samplers_map={"Euler": None}),
         extra_networks=SimpleNamespace(extra_network_registry={}),
         progress=SimpleNamespace(add_task_to_queue=lambda task: pending.update({task: 0}), finished_tasks=[],
                                  pending_tasks=pending, start_task=running.append, finish_task=running.remove),

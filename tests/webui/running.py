@@ -114,6 +114,7 @@ def fill(data: Path) -> None:
             shutil.copytree(source, extension / part, ignore=shutil.ignore_patterns("__pycache__"))
         elif source.is_file():
             shutil.copy(source, extension / part)
+    (data / "tmp").mkdir()  # Forge Neo writes the images for its page there, and makes it only where it installs
     shutil.copytree(Path(__file__).parent / "probe", data / "extensions" / "probe")
     for name in ("injection.py", "pretended_card.py"):
         shutil.copy(Path(__file__).parents[1] / name, data / "extensions" / "probe")

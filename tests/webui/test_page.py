@@ -43,13 +43,19 @@ class Tab:
 
     def fill(self, name: str, dataset: Path, *, steps: int) -> None:
         """What a first LoRA needs, at a size for these tests."""
-        for box, text in {"output_name": name, "trigger_word": "zzk", "max_train_steps": str(steps), "resolution": "64",
-                          "network_dim": "4", "network_alpha": "4", "learning_rate": "0.002",
-                          "train_data_dir": str(dataset)}.items():
-            self.box(box).fill(text)
-            self.box(box).blur()
-            expect(self.box(box)).to_have_value(text)
-        expect(self.part("summary")).to_contain_text(f"= {steps:,} steps")
+        wanted = {"output_name": name, "trigger_word": "zzk", "max_train_steps": str(steps), "resolution": "64",
+                  "network_dim": "4", "network_alpha": "4", "learning_rate": "0.002", "train_data_dir": str(dataset)}
+
+        def filled() -> bool:
+            """On a busy machine what the page puts back may come late, and over what was typed."""
+            for box, text in wanted.items():
+                if self.box(box).input_value() != text:
+                    self.box(box).fill(text)
+                    self.box(box).blur()
+            return f"= {steps:,} steps" in self.part("summary").inner_text() and all(
+                self.box(box).input_value() == text for box, text in wanted.items())
+
+        until(filled, what="the fields are filled and planned with", seconds=PATIENCE_MS / 1000)
 
     def at_step(self, step: int) -> None:
         """Wait until the bar shows that step or a later one."""

@@ -107,6 +107,8 @@ class WebUIHost:
         self.access.refuse_options()
         if self._lease is not None:
             raise HostError("The model is in use", remedy="wait for the other job to end")
+        if (pending := self.access.pending()) is not None:
+            model_access.refuse_pending(pending)
         self._lease = lease = WebUILease(self.access, QueueLock(call_queue.queue_lock), self._misplaced, stop=stop)
         try:
             with lease.leased():

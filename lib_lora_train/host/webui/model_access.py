@@ -204,8 +204,18 @@ def describe_pending(info: Any) -> tuple[Checkpoint, Outline | None]:
     try:
         family, refusal, outline = _read_header(path, path.stat().st_mtime_ns)
     except (ModelError, OSError):
-        family, refusal, outline = "", "its kind shows when it is loaded", None
+        family, refusal, outline = "", _NOT_LOADED, None
     return described(info, family=family, refusal=refusal), outline
+
+
+def refuse_pending(info: Any) -> None:
+    """Raises ModelError where the file's header tells that it cannot be trained: better than to load it first."""
+    checkpoint, _ = describe_pending(info)
+    if checkpoint.refusal and checkpoint.refusal != _NOT_LOADED:
+        raise ModelError(checkpoint.refusal)
+
+
+_NOT_LOADED = "its kind shows when it is loaded"
 
 
 @functools.lru_cache(maxsize=1)

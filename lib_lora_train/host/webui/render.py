@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from modules import call_queue, processing, sd_models, sd_samplers, shared
+from modules import call_queue, processing, scripts, sd_models, sd_samplers, shared
 from PIL import Image
 
 from lib_lora_train.dataset.progress import ShouldStop
@@ -46,5 +46,6 @@ def _image(request: RenderRequest, sd_model: Any, *, seed: int) -> Image.Image:
         steps=request.steps, width=request.width, height=request.height, cfg_scale=request.cfg_scale,
         sampler_name=request.sampler, do_not_save_samples=True, do_not_save_grid=True,
         override_settings={"sd_model_checkpoint": request.checkpoint} if request.checkpoint else {})
+    generation.scripts, generation.script_args = scripts.ScriptRunner(), ()  # empty; reForge asks it what there is
     with contextlib.closing(generation):
         return processing.process_images(generation).images[0]
