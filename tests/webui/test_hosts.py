@@ -87,7 +87,7 @@ def ready(tab: Tab, name: str) -> None:
 
 def long_run() -> int:
     """Steps that take longer than two images."""
-    return 8 if installed().knows_models_by_size else 80
+    return 20 if installed().knows_models_by_size else 80
 
 
 def started(tab: Tab, dataset: Path, name: str, *, steps: int = MANY) -> None:

@@ -28,6 +28,7 @@ from lib_lora_train.host.webui.a1111 import (
     select,
     tokenizers,
 )
+from lib_lora_train.host.webui.model_access import described
 
 __all__ = ["current", "load", "select", "pending", "restored", "may_be_back", "identity", "refuse_kind", "modules", "hints",
            "tokenizers"]
@@ -39,7 +40,10 @@ def refuse_options() -> None:
 
 def describe(sd_model: Any) -> Checkpoint:
     """See `ModelAccess`. The shell takes SD2 for SD1; the UNet tells them apart."""
-    checkpoint = a1111.describe(sd_model)
+    try:
+        checkpoint = a1111.describe(sd_model)
+    except TypeError:  # reForge takes the modules of a model that it drops apart, and has none in its place for a while
+        return described(sd_model.sd_checkpoint_info, family="", refusal="The WebUI is changing its model; wait a moment.")
     names = sd_model.model.diffusion_model.named_parameters() if checkpoint.family == "sd1" else ()
     projection = next((weight for name, weight in names if name.endswith(".proj_in.weight")), None)
     linear = projection is not None and projection.ndim == 2
