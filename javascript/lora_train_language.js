@@ -16,7 +16,8 @@ window.loraTrainLanguage = window.loraTrainLanguage || (function() {
     /** What gradio lists to choose from: its field shows what was chosen as it is, so both are shown here. */
     const CHOICES = "#lora_train [role=listbox]:not(.lts-grid), ul.options";
     /** What may stand between texts, in the order it is looked for; with `all`, only where each of them is known. */
-    const LISTS = [{at: / · /, key: "{first} · {second}", all: true}, {at: /; /, key: "{first}; {second}", all: true}];
+    const LISTS = [{at: /(?<=[.!?]) (?=[A-Z"'\d(])/, key: "{first} {second}", all: true},
+        {at: / · /, key: "{first} · {second}", all: true}, {at: /; /, key: "{first}; {second}", all: true}];
     const JOINTS = [
         {at: /(?<=[.!?]) (?=[A-Z"'\d(])/, key: "{first} {second}"}, {at: / · /, key: "{first} · {second}"},
         {at: /; /, key: "{first}; {second}"}, {at: /: (.*)/s, key: "{first}: {second}"},

@@ -14,7 +14,7 @@
         const {make, translated} = window.loraTrainStudio.parts;
         const button = (text, title, press, id) => make("button", {class: "lora-train-files-button", id, text: translated(text),
             title: translated(title), onclick: press});
-        let known = "", looked = 0, told = {held: false, entries: []}, editing = "";
+        let known = "", looked = 0, drawn = "", told = {held: false, entries: []}, editing = "";
         const after = make("input", {type: "time", class: "lts-input", title: translated(
             "The run begins at this time of day or later; empty for at once.")});
         const idle = make("input", {type: "number", min: 0, max: 1440, class: "lts-input lora-train-queue-idle", title: translated(
@@ -58,6 +58,7 @@
             for (let waited = 0; box("lora_train_enqueued").value !== sign && waited < LOOK_MS; waited += STEP_MS) {
                 await new Promise((go) => setTimeout(go, STEP_MS));
             }
+            if (box("lora_train_enqueued").value !== sign) throw new Error(translated("The server does not answer."));
         }
 
         const add = () => guarded(() => enqueue({start_after: after.value, idle_minutes: Number(idle.value || 0)}));
@@ -71,7 +72,11 @@
             editing = entry.id;
         });
 
+        /** Anew only where something changed: a field that is being typed into would lose the focus. */
         function draw() {
+            const now = JSON.stringify([told, editing]);
+            if (now === drawn) return;
+            drawn = now;
             const edited = told.entries.find((entry) => entry.id === editing && entry.state === "waiting");
             if (!edited) editing = "";
             const ended = told.entries.filter((entry) => !["waiting", "running"].includes(entry.state));

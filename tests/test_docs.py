@@ -94,6 +94,7 @@ def test_the_page_of_a_purpose_has_its_presets_numbers(name: str) -> None:
 
 
 PROSE = {
-    "Generate", "In the WebUI", "Without a WebUI", "The curve", "The pictures", "The sentence", "One picture only (SDXL)",
+    "Generate", "In the WebUI", "In AUTOMATIC1111's WebUI", "Without a WebUI", "The curve", "The pictures", "The sentence",
+    "One picture only (SDXL)",
     "Different places and light.", "Close what holds GPU memory", "Both still rise at the end", "Falling below 0", "Flat at 0",
     "Read the verdict.", "Look, then take."}

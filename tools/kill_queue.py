@@ -47,6 +47,7 @@ def fill(folder: Path, runs: int) -> None:
     for number in range(4):
         Image.new("RGB", (64, 64), (60 * number, 90, 120)).save(folder / "pictures" / f"{number}.png")
     queue = queue_in(folder)
+    queue.hold(True)  # this process is not killed, and is to begin nothing
     for number in range(runs):
         queue.add(parse({"output_name": f"run-{number:02}", "train_data_dir": str(folder / "pictures"), "resolution": "64",
                          "min_bucket_reso": 64, "num_repeats": 1, "network_dim": 2, "max_train_steps": 8,
@@ -58,6 +59,7 @@ def empty_queue(folder: Path) -> None:
     """Work on the queue until nothing waits."""
     queue = queue_in(folder)
     queue.open()
+    queue.hold(False)
     print("working", flush=True)
     while any(entry.open for entry in queue.entries()):
         time.sleep(0.2)

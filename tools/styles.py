@@ -13,6 +13,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 import subprocess
 import tarfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -178,7 +179,8 @@ def _unpacked(folder: Path, package: str) -> Path:
     if target.is_dir():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, capture_output=True, text=True, check=True)
+    npm = shutil.which("npm") or "npm"  # on Windows npm.cmd, which is found by its whole name only
+    done = subprocess.run([npm, "pack", "--silent", package], cwd=folder, capture_output=True, text=True, check=True)
     archive, part = folder / done.stdout.split()[-1], target.with_suffix(".part")
     with tarfile.open(archive) as tar:
         for member in tar:

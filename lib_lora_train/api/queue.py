@@ -56,8 +56,10 @@ def queue_for(host: Host, runner: Runner) -> RunQueue:
         if entry.resumes:
             service.resume(entry.run, {}, runner=runner, host=host)
         else:
-            service.start(entry.settings, runner=runner, host=host, folder=folder)
-    return RunQueue(host, runner, host.runs_folder, start=start)
+            service.start(entry.settings, runner=runner, host=host, folder=folder, checkpoint=entry.checkpoint)
+    queue = RunQueue(host, runner, host.runs_folder, start=start)
+    runner.guard(queue.refuse_others)
+    return queue
 
 
 def add_routes(gate: Gate, queue: RunQueue, host: Host) -> None:
@@ -83,6 +85,8 @@ def enqueue(request: QueueRequest, *, queue: RunQueue, host: Host) -> Entry:
     """Queue a run that could begin now, or give one that waits (`request.id`) these settings; most of what is wrong is refused
     at once. Raises UserError, HostError."""
     settings, loaded = parse(request.settings), host.checkpoint()
+    if settings.save.resume:
+        raise SettingError("A run that goes on is not queued by its settings", remedy="press Resume beside it in the queue")
     plan_job(settings, host)
     if request.id:
         return queue.edit(request.id, settings)
@@ -93,7 +97,7 @@ def enqueue(request: QueueRequest, *, queue: RunQueue, host: Host) -> Entry:
 def next_time(text: str, *, now: datetime.datetime) -> float:
     """When it is `text` ("23:00") next, in seconds since 1970. Raises SettingError."""
     try:
-        time = datetime.time.fromisoformat(text.strip().zfill(5))
+        time = datetime.datetime.strptime(text.strip(), "%H:%M").time()
     except ValueError:
         raise SettingError(f"{text!r} is no time of day", remedy="write it as 23:00") from None
     then = datetime.datetime.combine(now.date(), time)

@@ -38,8 +38,10 @@ from lib_lora_train.training.precision import compute_dtype
 _MEASURED_FROM = 10  # steps
 
 
-def start(values: Mapping[str, object], *, runner: Runner, host: Host, folder: Path | None = None) -> str:
-    """Start a run with settings by name and return its id. `folder` is where it is kept; None makes one.
+def start(values: Mapping[str, object], *, runner: Runner, host: Host, folder: Path | None = None,
+          checkpoint: str = "") -> str:
+    """Start a run with settings by name and return its id. `folder` is where it is kept; None makes one. `checkpoint` is the
+    title of the only model it may train on; "" for whatever is loaded.
 
     The settings, the name, the output folder and the dataset are checked first, so that most refusals come at once and
     leave no run behind. Raises UserError, and HostError while another run is under way.
@@ -50,6 +52,7 @@ def start(values: Mapping[str, object], *, runner: Runner, host: Host, folder: P
     plan = plan_job(settings, host)
     if plan.resume_point:
         compare_settings(plan.settings, plan.resume_point, steps=plan.schedule.steps)
+    plan = dataclasses.replace(plan, checkpoint=checkpoint)
     return runner.start(plan, host, requested=settings, folder=folder, recorded=functools.partial(_conclude, host=host))
 
 

@@ -120,6 +120,11 @@ class RenderRequest(SampleRequest):
     checkpoint: str = ""
 
 
+def same_title(first: str, second: str) -> bool:
+    """Whether two titles name one checkpoint: a WebUI adds " [hash]" to it once that is known."""
+    return first.partition(" [")[0] == second.partition(" [")[0]
+
+
 class Paths(Protocol):
     """The folders of a host.
 
@@ -157,12 +162,14 @@ class ModelSource(Protocol):
         ended the wait for it.
         """
 
-    def select(self, title: str) -> None:
-        """Hold the model of this title (`Checkpoint.title`) from now on; waits for other work of the host. Not to be called
-        while the caller leases the model. Raises HostError where there is none or it cannot be loaded."""
+    def select(self, title: str) -> str:
+        """Hold the model of this title (`Checkpoint.title`) from now on, and return the title of the one that was held, "" for
+        none; waits for other work of the host. Not to be called while the caller leases the model. Raises HostError where
+        there is none or it cannot be loaded; the one before is held then."""
         loaded = self.checkpoint()
         if loaded is None or loaded.title != title:
             raise HostError(f"The checkpoint {title} is not here", remedy="start the program with it")
+        return title
 
     def waiting(self) -> bool:
         """Whether a lease waits for other work of the host."""

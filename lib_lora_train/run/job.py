@@ -18,10 +18,10 @@ import torch
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.stack import WeightedLora, merge_into
 from lib_lora_train.distributed import SINGLE_PROCESS, ProcessGroup
-from lib_lora_train.errors import Interrupted, counted
+from lib_lora_train.errors import HostError, Interrupted, counted
 from lib_lora_train.events import Finished, Planned, Report, Verdict, Warned, shielded
 from lib_lora_train.host.lease import frozen_model
-from lib_lora_train.host.port import Host, LeasedModel, never
+from lib_lora_train.host.port import Host, LeasedModel, never, same_title
 from lib_lora_train.inputs.prefetcher import Prefetcher
 from lib_lora_train.memory.device import matrix_rate, seconds_per_step
 from lib_lora_train.memory.plan import MemoryPlan
@@ -66,6 +66,9 @@ def run_job(plan: RunPlan, host: Host, *, report: Report, stop: Stop, folder: Pa
     """
     weights = InitialWeights.of(plan)
     with host.lease(stop=lambda: bool(stop())) as leased:
+        if plan.checkpoint and not same_title(plan.checkpoint, leased.checkpoint.title):
+            raise HostError(f"The loaded model is not {plan.checkpoint}, for which the run was queued",
+                            why="another one was chosen meanwhile", remedy="start the run anew")
         return _with_model(plan, host, leased, weights, report=shielded(report), stop=stop, folder=folder, group=group,
                            sample_now=sample_now, save_now=save_now, paused=paused)
 

@@ -56,6 +56,7 @@ class RunPlan:
     resume_point    where the run goes on, None for a new run
     held_out        images to measure on, which are not trained unless `held_out_derived` (see `held_out.Split`)
     masks           {image: its mask} of those that are not learnt whole, `white_share` what that leaves of them, about
+    checkpoint      the title of the only model that it may train on, "" for whatever is loaded
     """
 
     settings: Settings
@@ -74,6 +75,7 @@ class RunPlan:
     masks: Mapping[Path, Path] = dataclasses.field(default_factory=dict)
     white_share: float = 1.0
     prompts: tuple[SamplePrompt, ...] = ()
+    checkpoint: str = ""
 
     @property
     def resolution(self) -> tuple[int, int]:

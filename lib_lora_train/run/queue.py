@@ -20,20 +20,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lib_lora_train.errors import HostError, LoraTrainError, OutputError, SettingError, translated
-from lib_lora_train.host.port import ModelSource
+from lib_lora_train.host.port import ModelSource, same_title
 from lib_lora_train.records import from_plain
 from lib_lora_train.run.background import Failure
-from lib_lora_train.run.record import new_folder, past_run
+from lib_lora_train.run.record import new_folder, past_run, step_to_resume
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import Settings, flat
 from lib_lora_train.storage.atomic import write_atomic
-from lib_lora_train.storage.lock import lock_run
+from lib_lora_train.storage.lock import is_locked, lock_run
 
 log = logging.getLogger(__name__)
 FILE_NAME = "queue.json"
 State = Literal["waiting", "running", "done", "stopped", "failed", "interrupted"]
 _POLL_SECONDS = 2.0
 """Between two looks at whether the next run may begin."""
+_AGAIN_SECONDS = 60
+"""After which one is begun again that found the host or the runner busy; others go first meanwhile."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Entry:
     idle_minutes  it begins once nobody else used the model for so long
     run           the id of its run, "" before it began
     resumes       whether `run` is one to go on with
+    recorded      bytes of the run's record when it was marked as running: it began if there are more now
     message       how it ended, a sentence
     """
 
@@ -56,6 +59,7 @@ class Entry:
     state: State = "waiting"
     run: str = ""
     resumes: bool = False
+    recorded: int = 0
     message: str = ""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -80,9 +84,12 @@ class RunQueue:
         self._entries: list[Entry] = []
         self._held = False
         self._used_at = clock()
-        self._before_switch = ""  # the title of the model that the host had before the queue chose another
+        self._chosen, self._before_choice = "", ""  # titles: of the model that the queue chose, and of the user's before it
         self._closed = threading.Event()
-        self._starting = ""  # the id of the entry whose run is about to begin
+        # The id of the entry that the thread `_starter` is about to begin, "-" while it chooses the user's model.
+        self._starting = ""
+        self._starter = 0
+        self._begun = ""  # the id of the entry whose run began last
 
     def open(self) -> None:
         """Read the queue, and begin to work on it where something waits. Does nothing the second time, and where there is no
@@ -114,7 +121,7 @@ class RunQueue:
 
     def resumable(self, entry: Entry) -> bool:
         """Whether one that ended can go on from a state it saved."""
-        return bool(not entry.open and entry.run) and past_run(self._runs / entry.run).resume_step is not None
+        return bool(not entry.open and entry.run) and step_to_resume(self._runs / entry.run) is not None
 
     @property
     def held(self) -> bool:
@@ -135,6 +142,9 @@ class RunQueue:
     def edit(self, entry_id: str, settings: Settings) -> Entry:
         """Give a waiting run other settings. Raises SettingError where it does not wait, OutputError as `add`."""
         with self._changed():
+            if self._waiting(entry_id).resumes:
+                raise SettingError(f"{self.entry(entry_id).name} goes on with the settings it had",
+                                   remedy="start it anew to change them")
             entry = dataclasses.replace(self._waiting(entry_id), name=settings.save.output_name, settings=flat(settings))
             self._check_name(entry)
             self._put(entry)
@@ -181,36 +191,53 @@ class RunQueue:
         """One look: note how the last run ended, and begin the next one where its time has come."""
         with self._lock:
             self._note_ended()
-            if self._runner.running() or not self._host.idle():
+            if not self._runner.running() and not self._host.idle():
                 self._used_at = self._clock()
             entry = None if self._held or self._runner.running() else next(filter(self._due, self._entries), None)
-            if entry is None:
-                back = self._before_switch if not self._runner.running() else ""
-            else:
+            self._starter = threading.get_ident()
+            if entry is not None:
                 folder = self._runs / entry.run if entry.resumes else new_folder(self._runs, entry.name)
                 # On the disk before anything begins: killed from here on, it is not begun a second time.
-                entry = dataclasses.replace(entry, state="running", run=folder.name)
+                entry = dataclasses.replace(entry, state="running", run=folder.name, message="",
+                                            recorded=_recorded(folder))
                 with self._changed():
                     self._put(entry)
                 self._starting = entry.id
-        if entry is None:
-            self._switch_back(back)
-            return
+            elif self._chosen and not self._runner.running():
+                self._starting = "-"
         try:
-            with translated("starting a queued run"):
-                self._switch_to(entry.checkpoint)
-                self._start(entry, folder)
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with this one, the next has its turn
-            self._refused(entry, error)
+            if entry is not None:
+                self._begin(entry, folder)
+            elif self._starting:
+                self._restore_choice()
         finally:
             self._starting = ""
 
-    def _refused(self, entry: Entry, error: Exception) -> None:
+    def refuse_others(self, _: Settings) -> None:
+        """Raises HostError where a run of the queue is about to begin, in another thread: it may be loading its checkpoint."""
+        if self._starting and self._starter != threading.get_ident():
+            raise HostError("A queued run is about to begin", remedy="wait for it, or hold the queue")
+
+    def _begin(self, entry: Entry, folder: Path) -> None:
+        try:
+            with translated("starting a queued run"):
+                self._choose(entry.checkpoint)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with this one, the next has its turn
+            self._ended(entry, "failed", error)
+            return
+        try:
+            with translated("starting a queued run"):
+                self._begun = entry.id
+                self._start(entry, folder)
+        except HostError as error:  # somebody pressed Train, or other work must end first: the next may be luckier
+            later = self._clock() + _AGAIN_SECONDS
+            self._ended(dataclasses.replace(entry, run=entry.run if entry.resumes else "", not_before=later), "waiting", error)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._ended(entry, "failed", error)
+
+    def _ended(self, entry: Entry, state: State, error: Exception) -> None:
         with self._changed():
-            if isinstance(error, HostError) and self._runner.running():  # somebody pressed Train in the same moment
-                self._put(dataclasses.replace(entry, state="waiting", run=entry.run if entry.resumes else ""))
-            else:
-                self._put(dataclasses.replace(entry, state="failed", message=Failure.of(error, name="The start").message))
+            self._put(dataclasses.replace(entry, state=state, message=Failure.of(error, name="The start").message))
 
     def _due(self, entry: Entry) -> bool:
         now = self._clock()
@@ -220,30 +247,35 @@ class RunQueue:
     def _note_ended(self) -> None:
         """Note how those ended that are marked as running and do not run any more."""
         for entry in [e for e in self._entries if e.state == "running" and e.id != self._starting]:
-            run = past_run(self._runs / entry.run)
-            if run.outcome == "running":  # its folder is locked until its last word is written
+            folder = self._runs / entry.run
+            # Locked until its last word is written; a drive without locks cannot tell.
+            if is_locked(folder) or entry.id == self._begun and self._runner.running():
                 continue
-            began = (self._runs / entry.run / "settings.toml").is_file()
+            began = (folder / "settings.toml").is_file() and (not entry.resumes or _recorded(folder) > entry.recorded)
+            run = past_run(folder)
             with self._changed():
                 self._put(dataclasses.replace(entry, state=run.outcome, message=run.message) if began
-                          else dataclasses.replace(entry, state="waiting", run=""))
+                          else dataclasses.replace(entry, state="waiting", run=entry.run if entry.resumes else ""))
 
-    def _switch_to(self, checkpoint: str) -> None:
-        loaded = self._host.checkpoint()
-        before = loaded.title if loaded else ""
-        if checkpoint and checkpoint != before:
-            self._host.select(checkpoint)
-            self._before_switch = self._before_switch or before
-
-    def _switch_back(self, checkpoint: str) -> None:
-        """To the model that the host had before the queue chose others, once nothing more is to begin."""
+    def _choose(self, checkpoint: str) -> None:
+        """Have the host hold the entry's model, and remember the user's."""
         if not checkpoint:
             return
-        self._before_switch = ""
-        try:
-            self._host.select(checkpoint)
-        except LoraTrainError as error:
-            log.warning("The model of before the queue could not be chosen again: %s", error)
+        before = self._host.select(checkpoint)
+        if not same_title(before, checkpoint):
+            if not same_title(before, self._chosen):
+                self._before_choice = before
+            self._chosen = checkpoint
+
+    def _restore_choice(self) -> None:
+        """Have the host hold the user's model, unless another one was chosen meanwhile."""
+        chosen, before, loaded = self._chosen, self._before_choice, self._host.checkpoint()
+        self._chosen = self._before_choice = ""
+        if before and loaded is not None and same_title(loaded.title, chosen):
+            try:
+                self._host.select(before)
+            except LoraTrainError as error:
+                log.warning("The model of before the queue could not be chosen again: %s", error)
 
     def _check_name(self, entry: Entry) -> None:
         def target(settings: Mapping[str, Any]) -> tuple[object, object]:
@@ -304,6 +336,12 @@ class RunQueue:
     def _write(self) -> None:
         data = {"held": self._held, "entries": [dataclasses.asdict(entry) for entry in self._entries]}
         write_atomic(self._runs / FILE_NAME, json.dumps(data, indent=1, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def _recorded(folder: Path) -> int:
+    """How many bytes of its events a run has recorded."""
+    events = folder / "events.jsonl"
+    return events.stat().st_size if events.is_file() else 0
 
 
 def _read(file: Path) -> tuple[list[Entry], bool]:

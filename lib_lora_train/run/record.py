@@ -200,7 +200,7 @@ def past_run(folder: Path) -> PastRun:
         elif isinstance(event, events.Finished):
             outcome, message, verdict = event.outcome, event.message, event.verdict
             path, steps = event.path or path, event.steps or steps
-    resume_step = _resume_step(folder)
+    resume_step = step_to_resume(folder)
     if is_locked(folder):
         outcome, message = "running", ""
     elif not outcome:
@@ -212,7 +212,8 @@ def past_run(folder: Path) -> PastRun:
     return PastRun(folder.name, name, outcome, message, path, steps, total, resume_step, verdict)
 
 
-def _resume_step(folder: Path) -> int | None:
+def step_to_resume(folder: Path) -> int | None:
+    """The step that the run of this folder can be resumed from, None if it cannot."""
     try:
         return int(read_metadata(folder / FILE_NAME)["step"])
     except LoraTrainError:

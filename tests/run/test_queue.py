@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from lib_lora_train.errors import HostError, OutputError, SettingError
 from lib_lora_train.events import Finished, Planned
-from lib_lora_train.host.port import Checkpoint, ModelSource
+from lib_lora_train.host.port import Checkpoint, ModelSource, same_title
 from lib_lora_train.run import queue as queue_module
 from lib_lora_train.run.queue import Entry, RunQueue
 from lib_lora_train.run.record import RunRecord
@@ -43,11 +44,13 @@ class OneModel(ModelSource):
     def checkpoint(self) -> Checkpoint:
         return Checkpoint(self.title, self.title, "sd1")
 
-    def select(self, title: str) -> None:
+    def select(self, title: str) -> str:
         if title == "gone":
             raise HostError("The checkpoint gone is not here")
-        self.title = title
-        self.chosen.append(title)
+        before, self.title = self.title, title
+        if before != title:
+            self.chosen.append(title)
+        return before
 
     def idle(self) -> bool:
         return not self.used
@@ -169,6 +172,68 @@ def test_each_trains_on_its_own_model_and_the_first_is_back_at_the_end(world: Wo
     queue.close()
 
 
+def test_a_model_that_the_user_chose_meanwhile_stays(world: World) -> None:
+    queue = world.queue()
+    queue.add(run("one"), checkpoint="second [0123456789]")
+    queue.check()
+    assert same_title(world.host.title, "second")
+    world.host.title = "third"
+    work(queue, 2)
+    assert world.host.title == "third"
+    queue.close()
+
+
+def test_nobody_else_begins_while_a_run_of_the_queue_is_about_to(world: World) -> None:
+    queue, answers = world.queue(), []
+    queue.add(run("one"))
+
+    def press() -> None:
+        try:
+            queue.refuse_others(Settings())
+        except HostError as error:
+            answers.append(error)
+
+    def from_elsewhere() -> None:
+        if not answers:
+            thread = threading.Thread(target=press)
+            thread.start()
+            thread.join()
+            press()  # the queue itself may
+
+    world.kill = from_elsewhere
+    work(queue, 2)
+    assert len(answers) == 1
+    press()
+    assert len(answers) == 1
+    queue.close()
+
+
+def test_a_run_to_go_on_with_that_was_killed_before_it_began_waits_again(
+        world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = world.queue()
+    monkeypatch.setattr(queue_module, "step_to_resume", lambda folder: 2)
+    first = queue.add(run("one"))
+    work(queue, 2)
+    queue.retry(first.id, resume=True)
+    with pytest.raises(SettingError):
+        queue.edit(first.id, run("other"))  # it has the settings it had
+
+    def killed() -> None:
+        raise Killed
+
+    world.kill = killed
+    with pytest.raises(Killed):
+        queue.check()
+    queue.close()
+    world.kill = lambda: None
+    queue = world.queue()
+    again = queue.entry(first.id)
+    assert ([entry.state for entry in queue.entries()], again.resumes, world.begun["one"]) == (["waiting"], True, 1)
+    work(queue, 2)
+    assert (queue.entries()[0].state, world.begun["one"]) == ("done", 2)
+    queue.close()
+
+
 def test_it_waits_for_its_time_and_until_nobody_generates(world: World) -> None:
     queue = world.queue()
     queue.add(run("at night"), not_before=world.now + 3600)
@@ -256,6 +321,7 @@ def test_what_was_pressed_by_hand_in_the_same_moment_goes_first(world: World) ->
     queue.check()
     assert [entry.state for entry in queue.entries()] == ["waiting"]
     world.kill, world.runner.busy = lambda: None, False
+    world.now += 61
     queue.check()
     assert world.begun["one"] == 1
     queue.close()

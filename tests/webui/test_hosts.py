@@ -238,5 +238,6 @@ def test_who_logs_in_at_the_page_trains_there(guarded: WebUI, browser: object, d
         page.get_by_role("button", name=re.compile("log ?in", re.I)).click()
         tab = Tab(guarded, page)
         until(lambda: page.get_by_text("Train LoRA", exact=True).count(), what="the page is shown", seconds=PATIENCE_S)
+        page.wait_for_load_state()  # gradio 4 loads it once more after the login
         tab.open()
         assert trained(tab, inside, "behind_the_door").is_file()

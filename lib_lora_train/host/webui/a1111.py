@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lib_lora_train.errors import HostError, ModelError, translated
 from lib_lora_train.host.port import Checkpoint
-from lib_lora_train.host.webui.model_access import Identity, attention_heads, described, listed, refusal_of
+from lib_lora_train.host.webui.model_access import Identity, attention_heads, choose_checkpoint, described, refusal_of
 from lib_lora_train.model.architecture import Activation
 from lib_lora_train.model.family import FAMILIES, Hints
 from lib_lora_train.model.sd.refusals import SUPPORTED
@@ -35,12 +35,16 @@ def load() -> Any:
     return shared.sd_model
 
 
-def select(title: str) -> None:
+def select(title: str) -> str:
     """See `ModelAccess`."""
-    with translated("loading another checkpoint"):
-        chosen = listed(title)
-        shared.opts.set("sd_model_checkpoint", chosen.title, run_callbacks=False)
+    sd_model = load()
+    with sd_models.model_data.lock:  # at the start, the model is known before its loading has ended
+        before = sd_model.sd_checkpoint_info.title if sd_model is not None else ""
+
+    def reload(chosen: Any) -> Any:
         sd_models.reload_model_weights(info=chosen)
+        return current()
+    return choose_checkpoint(title, before=before, load=reload)
 
 
 def pending() -> Any:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lib_lora_train.errors import HostError, LoraTrainError, ModelError, translated
 from lib_lora_train.host.port import Checkpoint
 from lib_lora_train.host.webui import clones
-from lib_lora_train.host.webui.model_access import Identity, attention_heads, described, listed, refusal_of
+from lib_lora_train.host.webui.model_access import Identity, attention_heads, choose_checkpoint, described, refusal_of
 from lib_lora_train.model.family import Hints
 from lib_lora_train.model.sd.components import UNET_PREFIX, VAE_PREFIX
 from lib_lora_train.model.sd.refusals import SUPPORTED, quantised, refuse_other_kinds, refuse_quantised
@@ -47,6 +47,8 @@ def current() -> Any:
 
 def load() -> Any:
     """See `ModelAccess`."""
+    if current() is None:
+        sd_models.model_data.forge_hash = ""  # Forge takes a model that it failed to load for loaded
     if sd_models.model_data.forge_loading_parameters:
         try:
             with translated("loading the checkpoint"):
@@ -63,13 +65,15 @@ def load() -> Any:
     return engine
 
 
-def select(title: str) -> None:
+def select(title: str) -> str:
     """See `ModelAccess`. As the page's drop-down does, and loaded at once, so that what is wrong is known."""
     from modules_forge import main_entry
 
-    shared.opts.set("sd_model_checkpoint", listed(title).title, run_callbacks=False)
-    main_entry.refresh_model_loading_parameters()
-    load()
+    def reload(_: Any) -> Any:
+        main_entry.refresh_model_loading_parameters()
+        return load()
+    before = pending() or getattr(current(), "sd_checkpoint_info", None)
+    return choose_checkpoint(title, before=before.title if before else "", load=reload)
 
 
 def pending() -> Any:

@@ -87,12 +87,12 @@ class WebUIHost:
             return None
         return model_access.outline(self.access, sd_model)
 
-    def select(self, title: str) -> None:
+    def select(self, title: str) -> str:
         """As a user who chooses it, in the queue."""
         if self._leased_here():
             raise HostError("The model is in use", why="this job trains on it", remedy="choose it before or after")
         with QueueLock(call_queue.queue_lock).held():
-            self.access.select(title)
+            return self.access.select(title)
 
     def _pending(self) -> Any:
         """As `ModelAccess.pending`; a lease does not care what others choose meanwhile."""

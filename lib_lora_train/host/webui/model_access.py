@@ -6,21 +6,22 @@ Classic). Which one fits is told by what can be imported, not by a name: there a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from lib_lora_train.errors import HostError, ModelError
+from lib_lora_train.errors import HostError, ModelError, translated
 from lib_lora_train.host import placement, standalone
-from lib_lora_train.host.port import Checkpoint, Outline
+from lib_lora_train.host.port import Checkpoint, Outline, same_title
 from lib_lora_train.model.family import FAMILIES, Hints
 from lib_lora_train.model.sd.refusals import refuse_other_kinds
 from lib_lora_train.model.sd.tokens import Tokenizer
@@ -48,9 +49,10 @@ class ModelAccess(Protocol):
         """The model that the WebUI is set to, loaded where it is not; None where there is none. With the queue's lock held.
         Raises HostError where it cannot be loaded."""
 
-    def select(self, title: str) -> None:
-        """Hold the model of this title of the WebUI's list from now on. With the queue's lock held. Raises HostError where it
-        is gone or cannot be loaded."""
+    def select(self, title: str) -> str:
+        """Hold the model of this title of the WebUI's list from now on, and return the title of the one before, "" for none.
+        With the queue's lock held. Raises HostError where it is gone or cannot be loaded; the one before is chosen again then.
+        """
 
     def pending(self) -> Any:
         """The entry of the WebUI's list of checkpoints that it is set to and loads when it is needed; None where that is the
@@ -240,6 +242,37 @@ def family_of(tensors: Mapping[str, Tensor]) -> str:
 def file_of(sd_model: Any) -> Path:
     """The checkpoint's file."""
     return Path(sd_model.sd_checkpoint_info.filename)
+
+
+def choose_checkpoint(title: str, *, before: str, load: Callable[[Any], Any]) -> str:
+    """As `ModelAccess.select`; `load` loads an entry of the WebUI's list, which its setting names already, and returns the
+    model."""
+    if same_title(before, title):
+        return before
+    _set_checkpoint(chosen := listed(title))
+    why = "the log has the details"
+    try:
+        with translated("loading another checkpoint"):
+            sd_model = load(chosen)
+        if sd_model is not None and sd_model.sd_checkpoint_info.filename == chosen.filename:
+            return before
+    except Exception as error:  # noqa: BLE001 - of any class: no file, a file of an unknown kind
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if before:
+        with contextlib.suppress(Exception):  # what is told is why the other one is not there
+            _set_checkpoint(listed(before))
+            load(listed(before))
+    raise HostError(f"The checkpoint {title} could not be loaded", why=why, remedy="choose another one")
+
+
+def _set_checkpoint(info: Any) -> None:
+    from modules import shared
+
+    try:
+        shared.opts.set("sd_model_checkpoint", info.title, run_callbacks=False)
+    except AssertionError as error:
+        raise HostError("The WebUI's checkpoint cannot be changed", why="its settings are frozen",
+                        remedy="start it without --freeze-settings") from error
 
 
 def listed(title: str) -> Any:

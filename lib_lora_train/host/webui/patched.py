@@ -41,11 +41,11 @@ def refuse_options() -> None:
 def describe(sd_model: Any) -> Checkpoint:
     """See `ModelAccess`. The shell takes SD2 for SD1; the UNet tells them apart."""
     try:
-        checkpoint = a1111.describe(sd_model)
-    except TypeError:  # reForge takes the modules of a model that it drops apart, and has none in its place for a while
+        unet, checkpoint = sd_model.model.diffusion_model, a1111.describe(sd_model)
+        names = unet.named_parameters() if checkpoint.family == "sd1" else ()
+        projection = next((weight for name, weight in names if name.endswith(".proj_in.weight")), None)
+    except (TypeError, AttributeError):  # reForge takes a model that it drops apart, and has none in its place for a while
         return described(sd_model.sd_checkpoint_info, family="", refusal="The WebUI is changing its model; wait a moment.")
-    names = sd_model.model.diffusion_model.named_parameters() if checkpoint.family == "sd1" else ()
-    projection = next((weight for name, weight in names if name.endswith(".proj_in.weight")), None)
     linear = projection is not None and projection.ndim == 2
     return dataclasses.replace(checkpoint, family="sd2") if linear else checkpoint
 
