@@ -23,7 +23,16 @@ from lib_lora_train.__main__ import main
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.api import service
-from lib_lora_train.errors import DatasetError, Interrupted, LoraFileError, ModelError, OutputError, SettingError, TrainingError
+from lib_lora_train.errors import (
+    DatasetError,
+    HostError,
+    Interrupted,
+    LoraFileError,
+    ModelError,
+    OutputError,
+    SettingError,
+    TrainingError,
+)
 from lib_lora_train.host import standalone
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.inputs import prefetcher
@@ -145,6 +154,14 @@ def test_a_stop_while_pictures_are_read_leaves_nothing_behind(images, host):
     with pytest.raises(Interrupted):
         run(settings(images), host, stop=lambda: "save")
     assert not list(host.lora_folder.iterdir())
+
+
+def test_a_run_for_one_checkpoint_trains_on_no_other(images, host):
+    plan = dataclasses.replace(plan_job(settings(images, max_train_steps=1), host), checkpoint="another.safetensors [0123456789]")
+    with pytest.raises(HostError):
+        run_job(plan, host, report=lambda event: None, stop=lambda: "")
+    own = dataclasses.replace(plan, checkpoint=f"{host.checkpoint().title} [0123456789]")
+    assert run_job(own, host, report=lambda event: None, stop=lambda: "").outcome == "done"
 
 
 def test_saves_on_the_way_have_kohyas_names_and_say_how_far_they_are(images, host):
