@@ -38,6 +38,8 @@ def set_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS}
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, getattr(sys, name))
+    for name in SIGNALS:
+        signal.signal(getattr(signal, name), signal.SIG_DFL)  # the tests themselves may run under nohup
     terminal.set_up()
     yield
     for name, handler in before.items():

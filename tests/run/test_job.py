@@ -157,7 +157,8 @@ def test_a_stop_while_pictures_are_read_leaves_nothing_behind(images, host):
 
 
 def test_a_run_for_one_checkpoint_trains_on_no_other(images, host):
-    plan = dataclasses.replace(plan_job(settings(images, max_train_steps=1), host), checkpoint="another.safetensors [0123456789]")
+    other = "another.safetensors [0123456789]"
+    plan = dataclasses.replace(plan_job(settings(images, max_train_steps=1), host), checkpoint=other)
     with pytest.raises(HostError):
         run_job(plan, host, report=lambda event: None, stop=lambda: "")
     own = dataclasses.replace(plan, checkpoint=f"{host.checkpoint().title} [0123456789]")
