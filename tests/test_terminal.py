@@ -60,8 +60,12 @@ def test_an_interrupt_during_the_imports_ends_with_130_and_a_sentence(tmp_path, 
     (tmp_path / "torch.py").write_text(
         f"import os, signal\ntry:\n    os.kill(os.getpid(), signal.{name})\n    for _ in range(1000): pass\n"
         "except BaseException: pass\nprint('lost')\n", encoding="utf-8")
-    done = subprocess.run([sys.executable, "-m", "lib_lora_train", *command], cwd=ROOT, text=True, capture_output=True,
-                          check=False, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    before = signal.signal(getattr(signal, name), signal.SIG_DFL)  # which nohup sets, and a new program takes over
+    try:
+        done = subprocess.run([sys.executable, "-m", "lib_lora_train", *command], cwd=ROOT, text=True, capture_output=True,
+                              check=False, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    finally:
+        signal.signal(getattr(signal, name), before)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nStopped.\n")
 
 

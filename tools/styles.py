@@ -21,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 SIDE = 64
 FEWEST = 6
@@ -99,14 +101,14 @@ def words(folder: Path) -> list[Emoji]:
 
 def drawings(folder: Path, style: Style, of: Sequence[Emoji]) -> dict[str, np.ndarray]:
     """{label: uint8 [64, 64, 4]}: those of `of` that exist in the style. What was made once is read again from `folder`."""
-    cache = folder / f"{style.name}.npz"
+    cache = folder / f"{style.name}.safetensors"
     if not cache.is_file():
         made = dict(_rasterised(_unpacked(folder, style.package), style, words(folder)))
-        part = cache.with_suffix(".part.npz")
-        np.savez_compressed(part, labels=np.array(list(made)), pixels=np.stack(list(made.values())))
+        part = cache.with_suffix(".part")
+        save_file({"pixels": np.stack(list(made.values()))}, part, metadata={"labels": json.dumps(list(made))})
         part.replace(cache)
-    with np.load(cache) as stored:
-        known = dict(zip(stored["labels"].tolist(), stored["pixels"], strict=True))
+    with safe_open(cache, framework="np") as stored:
+        known = dict(zip(json.loads(stored.metadata()["labels"]), stored.get_tensor("pixels"), strict=True))
     return {emoji.label: known[emoji.label] for emoji in of if emoji.label in known}
 
 

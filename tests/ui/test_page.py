@@ -381,8 +381,9 @@ def test_on_a_phone_train_and_the_curve_come_before_the_folded_settings(served: 
     served.part("start").click()
     served.job.advance(40)
     expect(served.page.locator(".lora-train-curve svg")).to_be_visible()
-    top = [served.page.locator(place).first.bounding_box()["y"] for place in (
-        "#lora_train_network_dim", "#lora_train_start", ".lora-train-curve svg", ".lora-train-fold")]
+    # All at one moment: the curve is drawn anew with each status.
+    top = served.page.evaluate("(places) => places.map((one) => document.querySelector(one).getBoundingClientRect().top)", [
+        "#lora_train_network_dim", "#lora_train_start", ".lora-train-curve svg", ".lora-train-fold"])
     assert top == sorted(top)
 
 

@@ -39,7 +39,7 @@ WATCHED = tuple(WatchedFunction(stage, f"lib_lora_train.{target}") for stage, ta
     ("making the run's folder", "run.record:RunRecord.__init__"),
     ("writing down what happens", "run.record:RunRecord.write"),
     ("reading the folder of pictures", "run.planning:plan_dataset"),
-    ("reading the checkpoint", "host.standalone:_describe"),
+    ("reading the checkpoint", "host.standalone:describe_header"),
     ("reading the checkpoint", "host.standalone:_load"),
     ("reading the tokenizer", "model.frozen:clip_tokenizer"),
     ("the model on the leased tensors", "run.job:frozen_model"),
