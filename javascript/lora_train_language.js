@@ -75,8 +75,8 @@ window.loraTrainLanguage = window.loraTrainLanguage || (function() {
             // Too few words of its own to be known by: only the scripts say it, which name it.
             const words = parts.join(" ").match(/[A-Za-z]{2,}/g) || [];
             if (words.length < (parts[0] || /^(number|counted_|seconds)/.test(names[0]) ? 1 : 2)) continue;
-            const holes = names.map((name) => FILLING.find(([named]) => named.test(name))[1]);
-            const pattern = new RegExp("^" + parts.map((part, index) => plain(part) + (holes[index] || "")).join("") + "$");
+            const fieldPatterns = names.map((name) => FILLING.find(([named]) => named.test(name))[1]);
+            const pattern = new RegExp("^" + parts.map((part, index) => plain(part) + (fieldPatterns[index] || "")).join("") + "$");
             const begin = parts[0].includes(" ") ? firstWord(parts[0]) : "";
             if (!known.begins.has(begin)) known.begins.set(begin, []);
             known.begins.get(begin).push({pattern, names, translation, length: parts.join("").length});
@@ -173,7 +173,7 @@ window.loraTrainLanguage = window.loraTrainLanguage || (function() {
 
     // ---- what others put into the page ---------------------------------------------------------------------------------
 
-    function mend(node) {
+    function translateNode(node) {
         const bare = node.data.trim();
         if (!bare || made.has(bare) || !node.parentElement || node.parentElement.closest(OWN)) return;
         const choice = node.parentElement.closest(CHOICES), meant = choice ? known.exact.get(bare) : find(bare);
@@ -181,7 +181,7 @@ window.loraTrainLanguage = window.loraTrainLanguage || (function() {
         if (found && found !== bare) node.data = node.data.replace(bare, () => found);
     }
 
-    function mendAttributes(element) {
+    function translateAttributes(element) {
         if (element.closest(OWN) && !element.matches("textarea")) return;
         for (const name of ATTRIBUTES) {
             const text = element.getAttribute(name), found = text && !made.has(text) && noted(find(text));
@@ -189,15 +189,15 @@ window.loraTrainLanguage = window.loraTrainLanguage || (function() {
         }
     }
 
-    function mendAll(root) {
-        if (root.nodeType === Node.TEXT_NODE) return mend(root);
+    function translateTree(root) {
+        if (root.nodeType === Node.TEXT_NODE) return translateNode(root);
         if (root.nodeType !== Node.ELEMENT_NODE) return null;
         const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT | NodeFilter.SHOW_ELEMENT);
         for (let node = root; node; node = walker.nextNode()) {
             if (node.nodeType === Node.TEXT_NODE) {
-                mend(node);
+                translateNode(node);
             } else {
-                mendAttributes(node);
+                translateAttributes(node);
             }
         }
         return null;
@@ -208,11 +208,11 @@ window.loraTrainLanguage = window.loraTrainLanguage || (function() {
         await ready;
         if (!known.exact.size) return;
         root.lang = language.tag;
-        mendAll(root);
+        translateTree(root);
         new MutationObserver((changes) => changes.forEach(({type, target, addedNodes}) => {
-            if (type === "childList") addedNodes.forEach(mendAll);
-            if (type === "characterData") mend(target);
-            if (type === "attributes") mendAttributes(target);
+            if (type === "childList") addedNodes.forEach(translateTree);
+            if (type === "characterData") translateNode(target);
+            if (type === "attributes") translateAttributes(target);
         })).observe(root, {
             childList: true, subtree: true, characterData: true, attributes: true, attributeFilter: ATTRIBUTES,
         });

@@ -24,7 +24,7 @@ from lib_lora_train.model.sd.tokens import Tokenizer, clip_tokenizer
 
 LEARNING_RATE, WARM_UP, COOL_DOWN, BATCH, DECAY = 1e-3, 50, 0.25, 32, 0.9995
 # ε-loss divided by ᾱ is v-loss. A small network that is to be done soon needs more of it at high noise, where it is
-# decided what is generated; but not hundredfold.
+# decided what the image shows; but not hundredfold.
 HIGHEST_WEIGHT = 8.0
 SAVED_EVERY, MEASURED_EVERY = 240.0, 20_000
 """Seconds between two saves of the state; samples between two measurements of the gate."""

@@ -131,11 +131,11 @@ def turned_hue(image: Image.Image, *, source: str, target: str) -> Image.Image:
 
 
 def colours(image: Image.Image) -> list[str]:
-    """The names of the colours that cover at least a fifth of what is generated, the most frequent first."""
+    """The names of the colours that cover at least a fifth of the opaque pixels, the most frequent first."""
     pixels = np.asarray(image).reshape(-1, 4)
     counts: dict[str, int] = {}
-    generated = pixels[pixels[:, 3] > 128][:, :3] / 255
-    for r, g, b in generated[::3]:
+    opaque = pixels[pixels[:, 3] > 128][:, :3] / 255
+    for r, g, b in opaque[::3]:
         counts[_colour(r, g, b)] = counts.get(_colour(r, g, b), 0) + 1
     return [name for name, count in sorted(counts.items(), key=lambda item: -item[1]) if count * 5 >= sum(counts.values())]
 
@@ -158,11 +158,11 @@ def _colour(r: float, g: float, b: float) -> str:
 
 def shapes(image: Image.Image) -> list[str]:
     """ "round", "square", "tall" or "wide", as far as the outline is one of them."""
-    generated = np.asarray(image)[:, :, 3] > 128
-    rows, columns = np.flatnonzero(generated.any(1)), np.flatnonzero(generated.any(0))
+    opaque = np.asarray(image)[:, :, 3] > 128
+    rows, columns = np.flatnonzero(opaque.any(1)), np.flatnonzero(opaque.any(0))
     if not len(rows):
         return []
-    box = generated[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    box = opaque[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
     height, width = box.shape
     if height > 1.35 * width:
         return ["tall"]
