@@ -66,7 +66,7 @@
             if (box.value === "0") setText(box, "");
         }
         listen();
-        restoreDraft();
+        page.restored = restoreDraft();
         return true;
     }
 
@@ -169,20 +169,23 @@
         } catch (error) { /* a browser that keeps nothing */ }
     }
 
+    /** Fill the fields with what the browser remembers; what is written into one before the promise is kept may be lost. */
     function restoreDraft() {
         const box = draftBox();
         let draft = "";
         try {
             draft = localStorage.getItem(DRAFT_KEY) || "";
         } catch (error) { /* a browser that keeps nothing */ }
-        // gradio draws its buttons some time before it listens to them; the summary shows that it does.
-        const press = (patience) => {
-            if (byId("lora_train_summary").textContent.trim() || patience === 0) return;
-            if (draft) setText(box, draft);
-            button("lora_train_restore").click();
-            setTimeout(() => press(patience - 1), RESTORE_MS);
-        };
-        press(20);
+        // gradio draws its buttons some time before it listens to them.
+        return new Promise((resolve) => {
+            const press = (patience) => {
+                if (patience === 0 || byId("lora_train_restored").querySelector("input, textarea").value) return resolve();
+                if (draft) setText(box, draft);
+                button("lora_train_restore").click();
+                setTimeout(() => press(patience - 1), RESTORE_MS);
+            };
+            press(20);
+        });
     }
 
     function setText(box, text) {

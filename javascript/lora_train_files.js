@@ -65,7 +65,8 @@
         }
 
         /** Into gradio's fields, by a hidden button. */
-        function fill(told) {
+        async function fill(told) {
+            await page.restored;
             page.setText(page.byId("lora_train_incoming").querySelector("textarea, input"), JSON.stringify(told));
             page.button("lora_train_fill").click();
         }

@@ -184,7 +184,8 @@
         }
 
         /** Into the fields of the other page, which have the settings' names. */
-        function fillFields(values) {
+        async function fillFields(values) {
+            await window.loraTrain.page.restored;
             for (const [name, value] of Object.entries(values)) {
                 const part = document.querySelector("#lora_train_" + name);
                 const box = part && part.querySelector("input:not([type=checkbox]), textarea");

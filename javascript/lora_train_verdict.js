@@ -6,7 +6,6 @@ window.loraTrainVerdict = function(page) {
     "use strict";
     const {byId, setText, planSoon, translated, turnTo} = page;
     const {make, icon} = window.loraTrainStudio.parts, TRAIN = 1;
-    const RESTORING = "Looking at the pictures";  // what `restore` of handlers.py says until the plan is there
     const KINDS = {learning: "good", plateau: "fair", "too slow": "fair", overfitting: "fair", words: "fair"};
     const text = make("span", {}), apply = make("button", {type: "button", class: "lora-train-apply"});
     const mark = make("span", {class: "lora-train-verdict-mark"});
@@ -19,15 +18,11 @@ window.loraTrainVerdict = function(page) {
         return field.querySelector("input[type=checkbox], input[type=number], input[type=text], textarea, input");
     }
 
-    function write(name, value) {
+    async function write(name, value) {
+        turnTo(TRAIN);
+        await page.restored;
         const box = control(name);
         if (!box) return;
-        turnTo(TRAIN);
-        if (["", RESTORING, translated(RESTORING)].includes(byId("lora_train_summary").textContent.trim())) {
-            // The fields are still being filled with what the browser remembers.
-            setTimeout(() => write(name, value), 300);
-            return;
-        }
         const fold = box.closest(".lora-train-fold"), title = fold && fold.querySelector(".label-wrap:not(.open)");
         if (title) title.click();
         if (box.type === "checkbox") {

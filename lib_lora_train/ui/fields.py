@@ -14,6 +14,7 @@ from lib_lora_train.settings import Declaration, Value
 
 MOST_SLIDER_POSITIONS = 100
 _FINEST_STEP = 1e-5
+_UNCHANGED = object()
 Component = TypeVar("Component")
 
 
@@ -72,6 +73,17 @@ def unsaved(component: Component) -> Component:
 def displayed(declaration: Declaration, value: Value | None) -> Value | None:
     """What the setting's component shows for `value`: nothing for a 0 that is "auto" or "none"."""
     return value or None if declaration.zero else value
+
+
+def update(declaration: Declaration, value: object = _UNCHANGED) -> Any:
+    """gradio's update that has the setting's component show `value`; one that it cannot show, or none, leaves it as it is.
+
+    The step is named each time: gradio 3 makes it 1 in every update of a number that does not.
+    """
+    stepped = {"step": step_of(declaration)} if declaration.type in (int, float) and not declaration.choices else {}
+    if value is _UNCHANGED or not shown(declaration, value):
+        return gr.update(**stepped)
+    return gr.update(value=displayed(declaration, value), **stepped)  # type: ignore[arg-type]
 
 
 def shown(declaration: Declaration, value: object) -> bool:

@@ -26,7 +26,7 @@ from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import DECLARATIONS, Value, flat, named, parse
 from lib_lora_train.settings.presets import CHANGED, IDENTITY, NO_PRESET, Preset, name_and_version
 from lib_lora_train.studio.requests import validated
-from lib_lora_train.ui.fields import displayed, shown
+from lib_lora_train.ui.fields import displayed, update
 from lib_lora_train.ui.schedule_curve import schedule_curve
 
 _NO_PRESET_ABOUT = "Everything as it was at the start, but for the names and folders."
@@ -156,11 +156,12 @@ class Handlers:
         return ["", self._list_of_presets(self._in_force(None, {**self.defaults, **values})), *self._updates(values)]
 
     def restore(self, page: Latest, draft: str) -> list[Any]:
-        """[a summary for the time being; what the preset is for; the preset in force; an update for each field: what the
-        browser remembers, else the settings of the last run]. The script reads the summary as the sign that gradio listens, and
-        calls until it sees one: only the first answer fills the fields, or a late one would undo what was typed meanwhile."""
+        """[the sign that the fields are filled; a summary for the time being; what the preset is for; the preset in force; an
+        update for each field: what the browser remembers, else the settings of the last run]. gradio draws its buttons before
+        it listens to them, so the script calls until it sees the sign: only the first call fills the fields, or the answer to
+        a later one would undo what was typed meanwhile."""
         if not page.first():
-            return [*[gr.update()] * 3, *self._updates({})]
+            return [*[gr.update()] * 4, *self._updates({})]
         try:
             remembered = json.loads(draft or "{}")
         except ValueError:
@@ -171,7 +172,7 @@ class Handlers:
         named_so = kept.get("preset") if "preset_version" in kept or kept.get("preset") != NO_PRESET else None  # a run's
         now = self._in_force(named_so, {**self.defaults, **kept})
         about = _note(self._about(now, kept))
-        return [_note("Looking at the pictures"), about, self._list_of_presets(now), *self._updates(kept)]
+        return ["restored", _note("Looking at the pictures"), about, self._list_of_presets(now), *self._updates(kept)]
 
     def _presets(self) -> dict[str, Preset]:
         """By name, the user's own behind the others."""
@@ -240,8 +241,7 @@ class Handlers:
         return dict(zip(self.names, values, strict=True))
 
     def _updates(self, values: Mapping[str, object]) -> list[Any]:
-        return [gr.update(value=displayed(DECLARATIONS[name], values[name]))
-                if name in values and shown(DECLARATIONS[name], values[name]) else gr.update()
+        return [update(DECLARATIONS[name], values[name]) if name in values else update(DECLARATIONS[name])
                 for name in self.names if name != "preset"]
 
 

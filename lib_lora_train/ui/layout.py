@@ -64,6 +64,7 @@ def build_tab(*, runner: Runner, host: Host, token: str) -> gr.Blocks:
             draft = unsaved(gr.Textbox(value="", elem_id="lora_train_draft", label="Draft", max_lines=1))
             plan = unsaved(gr.Button("Plan", elem_id="lora_train_plan"))
             restore = unsaved(gr.Button("Restore", elem_id="lora_train_restore"))
+            restored = unsaved(gr.Textbox(value="", elem_id="lora_train_restored", label="Restored", max_lines=1))
             incoming = unsaved(gr.Textbox(value="", elem_id="lora_train_incoming", label="Incoming", max_lines=1))
             fill = unsaved(gr.Button("Fill", elem_id="lora_train_fill"))
             queued = unsaved(gr.Textbox(value="", elem_id="lora_train_queued", label="Queued", max_lines=1))
@@ -79,7 +80,7 @@ def build_tab(*, runner: Runner, host: Host, token: str) -> gr.Blocks:
         planning = {"fn": handlers.plan, "inputs": [key, page, answer, preset, *inputs],
                     "outputs": [summary, draft, answer, overwrite, preset, curve], **quiet}
         plan.click(**planning)
-        restore.click(handlers.restore, inputs=[page, draft], outputs=[summary, about_preset, preset, *outputs],
+        restore.click(handlers.restore, inputs=[page, draft], outputs=[restored, summary, about_preset, preset, *outputs],
                       **quiet).then(**planning)
         fill.click(handlers.fill, inputs=[key, page, incoming], outputs=[about_preset, preset, *outputs],
                    **quiet).then(**planning)

@@ -182,6 +182,31 @@ def test_an_older_run_is_chosen_its_verdict_applied_and_its_pictures_named(shown
     assert not results.results_for(shown.host, shown.runner).tasks.running()
 
 
+def test_a_verdict_is_applied_after_the_fields_are_filled_however_late_that_is(shown: ResultsPage):
+    shown.open()
+    shown.part("results_run").select_option(index=1)
+    late = []
+
+    def hold_the_first(route) -> None:
+        if late:
+            route.continue_()
+        else:
+            late.append(route)
+            late.append(route.fetch())
+
+    shown.page.route("**/run/predict", hold_the_first)
+    shown.page.reload()
+    shown.page.locator("#ltr").get_by_role("button", name="Apply").click()
+    # Asked again meanwhile, the server answers without values, and then with a plan.
+    expect(shown.part("summary").first).to_contain_text(re.compile(r"\w"))
+    route, answer = late
+    route.fulfill(response=answer)
+    rate = shown.page.locator("#lora_train_learning_rate input").first
+    expect(rate).to_have_value("0.00123")
+    assert rate.get_attribute("step") == "0.00001"
+    shown.page.unroute("**/run/predict")
+
+
 def test_on_a_phone_the_results_are_no_wider_than_the_screen(shown: ResultsPage):
     shown.page.set_viewport_size({"width": 390, "height": 800})
     shown.open()

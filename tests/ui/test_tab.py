@@ -124,19 +124,19 @@ def test_the_preset_in_force_is_shown_after_a_reload_and_as_changed_once_one_of_
     chosen = {**flat(Settings()), **style.values}
     *_, draft, _, _, shown_now, _ = plan(handlers, values(**style.values), preset="Style, changed")
     assert shown_now["value"] == "Style"
-    assert handlers.restore(Latest(), draft)[2]["value"] == "Style"
+    assert handlers.restore(Latest(), draft)[3]["value"] == "Style"
     other = values(**{**style.values, "network_dim": 77})
     *_, draft, _, _, shown_now, _ = plan(handlers, other, preset="Style")
     assert shown_now["value"] == "Style, changed"
-    _, about, shown_now, *updates = handlers.restore(Latest(), draft)
+    _, _, about, shown_now, *updates = handlers.restore(Latest(), draft)
     assert shown_now["value"] == "Style, changed" and style.description in about and changed(updates)["network_dim"] == 77
     # It can be picked again, under its own name.
     assert plan(handlers, other, preset="Style, changed")[4] == gr.update()
     rank = style.values["network_dim"]
     assert "Style" in shown_now["choices"] and changed(pick(handlers, "Style")[1:])["network_dim"] == rank
     # Settings without a name, those of a run, are those of the preset that they equal.
-    assert handlers.restore(Latest(), json.dumps(chosen))[2]["value"] == "Style"
-    assert handlers.restore(Latest(), "")[2]["value"] == NO_PRESET
+    assert handlers.restore(Latest(), json.dumps(chosen))[3]["value"] == "Style"
+    assert handlers.restore(Latest(), "")[3]["value"] == NO_PRESET
 
 
 def test_one_of_a_thing_is_not_several(handlers: Handlers, tmp_path: Path):
@@ -188,7 +188,7 @@ def test_a_preset_of_the_users_is_offered_recorded_with_its_version_and_told_of_
     _, draft, *_ = plan(handlers, values(network_dim=5), preset="Mine")
     save_preset("Mine", {"network_dim": 6}, folder)
     for kept in (draft, json.dumps({**flat(Settings()), "network_dim": 5, "preset": "Mine (version 1)"})):
-        _, about, shown_now, *updates = handlers.restore(Latest(), kept)
+        _, _, about, shown_now, *updates = handlers.restore(Latest(), kept)
         assert changed(updates)["network_dim"] == 5 and shown_now["value"] == "Mine, changed"
         assert "version 2" in about and "version 1" in about and "Rank (network_dim) 5 → 6" in about
     job = FakeJob()
@@ -210,7 +210,7 @@ def test_steps_and_repeats_of_0_are_an_empty_field_and_an_empty_field_is_0(handl
         for empty in (None, "", "auto", 0, "0"):
             assert flat(parse({name: empty}))[name] == 0
     draft = json.dumps({"max_train_steps": 0, "num_repeats": None, "network_dim": 4})
-    assert changed(handlers.restore(Latest(), draft)[3:]) == {"max_train_steps": None, "num_repeats": None, "network_dim": 4}
+    assert changed(handlers.restore(Latest(), draft)[4:]) == {"max_train_steps": None, "num_repeats": None, "network_dim": 4}
 
 
 def test_default_puts_back_everything_but_names_and_folders(handlers: Handlers):
@@ -225,7 +225,7 @@ def test_the_summary_tells_the_steps_and_what_was_typed_is_remembered(handlers: 
     chosen = values(train_data_dir=str(folder), num_repeats=2, max_train_epochs=3, overwrite=True, resume="zzk-1")
     summary, draft, *_ = plan(handlers, chosen)
     assert "= 18 steps" in summary
-    kept = changed(handlers.restore(Latest(), draft)[3:])
+    kept = changed(handlers.restore(Latest(), draft)[4:])
     assert kept["train_data_dir"] == str(folder) and kept["num_repeats"] == 2
     # A permission to overwrite is for once, and so is the wish to go on with a run.
     assert not {"overwrite", "resume"} & set(kept)
@@ -233,17 +233,17 @@ def test_the_summary_tells_the_steps_and_what_was_typed_is_remembered(handlers: 
 
 def test_the_browsers_memory_may_hold_anything(handlers: Handlers):
     for draft in ("", "{", "[1]", "null", '"x"'):
-        assert changed(handlers.restore(Latest(), draft)[3:]) == {}
+        assert changed(handlers.restore(Latest(), draft)[4:]) == {}
     odd = {"network_dim": "16", "flip_aug": 1, "lr_scheduler": "wild", "output_name": None, "gone": 3, "seed": 7}
-    assert changed(handlers.restore(Latest(), json.dumps(odd))[3:]) == {"seed": 7}
+    assert changed(handlers.restore(Latest(), json.dumps(odd))[4:]) == {"seed": 7}
 
 
 def test_a_late_answer_to_the_pages_first_question_changes_no_field(handlers: Handlers):
     asked, draft = Latest(), json.dumps({"max_train_steps": 7})
-    assert changed(handlers.restore(asked, draft)[3:]) == {"max_train_steps": 7}
+    assert changed(handlers.restore(asked, draft)[4:]) == {"max_train_steps": 7}
     # The script asks again until it sees an answer; by then the user may have typed.
-    assert changed(handlers.restore(asked, draft)[3:]) == {}
-    assert changed(handlers.restore(Latest(), draft)[3:]) == {"max_train_steps": 7}  # another page
+    assert changed(handlers.restore(asked, draft)[4:]) == {}
+    assert changed(handlers.restore(Latest(), draft)[4:]) == {"max_train_steps": 7}  # another page
 
 
 def test_without_a_memory_the_running_jobs_settings_come_back(handlers: Handlers, monkeypatch):
@@ -252,7 +252,7 @@ def test_without_a_memory_the_running_jobs_settings_come_back(handlers: Handlers
     handlers.runner.start(plan_of(parse({"output_name": "zzk", "network_dim": 5})), handlers.host)
     handlers.runner.stop(save=False)
     assert handlers.runner.wait(10)
-    kept = changed(handlers.restore(Latest(), "")[3:])
+    kept = changed(handlers.restore(Latest(), "")[4:])
     assert kept["output_name"] == "zzk" and kept["network_dim"] == 5
 
 
