@@ -49,7 +49,7 @@
             return guarded(async() => {
                 if (!file) return;
                 const found = await page.api.send("settings/read?name=" + encodeURIComponent(file.name), await bytesOf(file));
-                fill({values: found.values, foreign: found.foreign});
+                await fill({values: found.values, foreign: found.foreign});
                 tell(file.name, found);
             });
         }
@@ -116,21 +116,21 @@
             const name = (window.prompt(translated("Name of the preset"), own(preset()) ? preset() : "") || "").trim();
             if (!name || (own(name) && !window.confirm(translated`Replace the preset ${name}?`))) return;
             const saved = await page.api.ask("presets/save", {name, settings: settings()});
-            fill({preset: saved.name});
+            await fill({preset: saved.name});
             say(translated`Saved as ${saved.name}, version ${saved.version}.`);
         }
 
         async function rename() {
             const to = (window.prompt(translated`New name of ${preset()}`, preset()) || "").trim();
             if (!to || to === preset()) return;
-            fill({preset: (await page.api.ask("presets/rename", {name: preset(), to})).name});
+            await fill({preset: (await page.api.ask("presets/rename", {name: preset(), to})).name});
         }
 
         async function remove() {
             const name = preset();
             if (!window.confirm(translated`Delete the preset ${name}?`)) return;
             await page.api.ask("presets/delete", {name});
-            fill({preset: ""});
+            await fill({preset: ""});
         }
 
         return fill;

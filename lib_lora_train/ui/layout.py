@@ -61,15 +61,11 @@ def build_tab(*, runner: Runner, host: Host, token: str) -> gr.Blocks:
             with gr.Tab("3 Results", elem_id="lora_train_page_results"):
                 gr.HTML('<div id="lora_train_results"></div>')
         with gr.Row(elem_classes=[_HIDDEN]):
-            draft = unsaved(gr.Textbox(value="", elem_id="lora_train_draft", label="Draft", max_lines=1))
-            plan = unsaved(gr.Button("Plan", elem_id="lora_train_plan"))
-            restore = unsaved(gr.Button("Restore", elem_id="lora_train_restore"))
-            restored = unsaved(gr.Textbox(value="", elem_id="lora_train_restored", label="Restored", max_lines=1))
-            incoming = unsaved(gr.Textbox(value="", elem_id="lora_train_incoming", label="Incoming", max_lines=1))
-            fill = unsaved(gr.Button("Fill", elem_id="lora_train_fill"))
-            queued = unsaved(gr.Textbox(value="", elem_id="lora_train_queued", label="Queued", max_lines=1))
-            enqueue = unsaved(gr.Button("Enqueue", elem_id="lora_train_enqueue"))
-            done = unsaved(gr.Textbox(value="", elem_id="lora_train_enqueued", label="Done", max_lines=1))
+            draft, restored, incoming, queued, done = (
+                unsaved(gr.Textbox(value="", elem_id=element_id(name), label=name.title(), max_lines=1))
+                for name in ("draft", "restored", "incoming", "queued", "enqueued"))
+            plan, restore, fill, enqueue = (unsaved(gr.Button(name.title(), elem_id=element_id(name)))
+                                            for name in ("plan", "restore", "fill", "enqueue"))
 
         handlers = Handlers(runner=runner, host=host, names=(*fields, "preset"), defaults=first, token=token)
         outputs = list(fields.values())
