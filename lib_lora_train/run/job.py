@@ -43,6 +43,7 @@ from lib_lora_train.run.provenance import Provenance
 from lib_lora_train.run.sampling import SampleCallback
 from lib_lora_train.run.saver import Checkpointer, NoSaver, Saver
 from lib_lora_train.run.soundness import Probe, check_weights
+from lib_lora_train.run.tracking import tracking
 from lib_lora_train.settings import Settings, named
 from lib_lora_train.training.loop import Progress, TrainConfig, train
 from lib_lora_train.training.loss import LossConfig, loss_function
@@ -65,12 +66,15 @@ def run_job(plan: RunPlan, host: Host, *, report: Report, stop: Stop, folder: Pa
     Raises UserError, HostError, TrainingError, and Interrupted where a stop came before the first step.
     """
     weights = InitialWeights.of(plan)
-    with host.lease(stop=lambda: bool(stop())) as leased:
+    with tracking(plan, folder=folder, report=shielded(report), first=not group.rank) as following, \
+            host.lease(stop=lambda: bool(stop())) as leased:
         if plan.checkpoint and not same_title(plan.checkpoint, leased.checkpoint.title):
             raise HostError(f"The loaded model is not {plan.checkpoint}, for which the run was queued",
                             why="another one was chosen meanwhile", remedy="start the run anew")
-        return _with_model(plan, host, leased, weights, report=shielded(report), stop=stop, folder=folder, group=group,
-                           sample_now=sample_now, save_now=save_now, paused=paused)
+        finished = _with_model(plan, host, leased, weights, report=following.report, stop=stop, folder=folder, group=group,
+                               sample_now=sample_now, save_now=save_now, paused=paused)
+        following.ending = finished.message
+        return finished
 
 
 def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: InitialWeights, *, report: Report, stop: Stop,

@@ -36,6 +36,7 @@ from lib_lora_train.run.optimizing import check_optimizer, ignored_by_optimizer,
 from lib_lora_train.run.output import checked_name, destination
 from lib_lora_train.run.resume import ResumePoint, find, with_recorded_split
 from lib_lora_train.run.selection import check_family
+from lib_lora_train.run.tracker_checks import check_trackers
 from lib_lora_train.settings import DECLARATIONS, Settings, check_preservation, flat, ignored, named, no_effect, parse
 from lib_lora_train.settings.allowed_paths import AllowedPaths, check_allowed
 from lib_lora_train.settings.dataset_config import notes as folder_notes
@@ -129,6 +130,7 @@ def plan_job(settings: Settings, host: Host, *, on_progress: Progress | None = N
     no image is decoded. All processes of a `group` call this, and are refused where their settings differ."""
     check_allowed(settings, host.allowed)
     check_optimizer(settings, built=True)
+    check_trackers(settings)
     agree_on_settings(group, settings)
     resume_point = find(settings.save.resume, host.runs_folder) if settings.save.resume else None
     settings = with_recorded_split(_with_seed(settings, resume_point, group), resume_point)

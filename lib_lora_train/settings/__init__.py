@@ -26,6 +26,7 @@ from lib_lora_train.settings.field import with_home as with_home
 from lib_lora_train.settings.loss import LossSettings, MaskSettings, NoiseSettings, PreservationSettings
 from lib_lora_train.settings.network import NetworkSettings
 from lib_lora_train.settings.network_checks import check_network_settings, unused_of_network
+from lib_lora_train.settings.tracking import TrackingSettings, unused_of_trackers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Settings:
     memory: MemorySettings = MemorySettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     save: SaveSettings = SaveSettings()
+    tracking: TrackingSettings = TrackingSettings()
 
     @property
     def rates(self) -> tuple[float, float]:
@@ -204,6 +206,8 @@ def ignored(settings: Settings) -> list[str]:
                "sample_every_n_epochs", "sample_at_first")
     elif now["sample_every_n_epochs"]:
         unused(f"{named('sample_every_n_epochs')} takes its place", "sample_every_n_steps")
+    if now["log_with"] in ("none", "tensorboard"):
+        unused(f"{named('log_with')} is {now['log_with']}", *unused_of_trackers(settings.tracking))
     if now["max_train_steps"]:
         unused(f"{named('max_train_steps')} says when to end", "max_train_epochs")
     _ignored_of_loss(now, unused, masked=any(each.masks.masked_loss or each.masks.alpha_mask for each in subsets),

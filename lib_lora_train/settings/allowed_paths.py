@@ -16,7 +16,7 @@ from lib_lora_train.errors import SettingError
 from lib_lora_train.settings import DECLARATIONS, Settings, flat
 
 # Settings that name a place to write to; every other path is read.
-WRITTEN = frozenset({"output_dir"})
+WRITTEN = frozenset({"output_dir", "logging_dir"})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,7 @@ ROWS_IN_VIEW = (
 )
 FOLDS = {"network": "Network", "optimizer": "Optimizer", "loss": "Loss", "noise": "Noise", "masks": "Masked loss",
          "preservation": "Preservation", "captions": "Captions",
-         "dataset": "Dataset", "memory": "Memory", "evaluation": "Samples and measuring", "save": "Saving"}
+         "dataset": "Dataset", "memory": "Memory", "evaluation": "Samples and measuring", "save": "Saving", "tracking": "Trackers"}
 _HIDDEN = "lora-train-hidden"
 
 

@@ -14,6 +14,7 @@ KINDS: dict[Kind, str] = {
     "unused": "Not needed here, or off"}
 OURS = "Train LoRA"
 _MOST_SHOWN = 60
+_SECRETS = frozenset({"wandb_api_key", "huggingface_token"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Entry:
 
     @property
     def shown(self) -> str:
-        """The value on one line, cut where it is long."""
-        return shown(self.value)
+        """The value on one line, cut where it is long; what is secret is not shown."""
+        return "…" if self.name in _SECRETS else shown(self.value)
 
 
 @dataclasses.dataclass(frozen=True)
