@@ -4,7 +4,7 @@
  *
  * The page's fields and its Train button are gradio's; everything about a running job is asked for and drawn here, so a
  * reloaded page shows it again. One poll at a time: every second while a job runs and the tab is in sight, every ten
- * when idle, none in the background. All text is set as textContent.
+ * when idle, none in the background unless a notice is wanted. All text is set as textContent.
  */
 (function() {
     "use strict";
@@ -81,7 +81,8 @@
         view.offer = window.loraTrainResume(view.resume, ask, () => { kick(); poll(); }, view.showProblem, translated);
         view.drawLearning = window.loraTrainLearning(page, view);
         const fill = window.loraTrainFiles(page, byId("lora_train_files"), fieldValues);
-        state.watchers.push(window.loraTrainQueue(page, byId("lora_train_queue"), fill));
+        view.queue = window.loraTrainQueue(page, byId("lora_train_queue"), fill);
+        state.watchers.push(view.queue);
     }
 
     function showTooltips(tooltips) {
@@ -218,7 +219,7 @@
 
     function schedule(milliseconds) {
         clearTimeout(state.timer);
-        if (watching()) state.timer = setTimeout(poll, milliseconds);
+        if (watching() || view.queue.waits()) state.timer = setTimeout(poll, watching() ? milliseconds : IDLE_MS);
     }
 
     async function poll() {

@@ -9,7 +9,8 @@
         stopped: translated("stopped"), failed: translated("failed"), interrupted: translated("interrupted"),
     }[state] || state);
 
-    /** `fill` puts settings into the fields. Returns a function to be called with each status. */
+    /** `fill` puts settings into the fields. Returns a function to be called with each status; `waits` says whether somebody is
+     * to be told when what goes on has ended. */
     window.loraTrainQueue = function(page, place, fill) {
         const {make, translated} = window.loraTrainStudio.parts;
         const button = (text, title, press, id) => make("button", {class: "lora-train-files-button", id, text: translated(text),
@@ -22,7 +23,8 @@
         const list = make("ol", {class: "lora-train-queue-list"}), problem = make("div", {role: "alert", hidden: true,
             class: "lora-train-problem"});
         const bar = make("div", {class: "lora-train-queue-bar"});
-        place.append(bar, problem, list);
+        const notice = window.loraTrainNotice(page, (state) => stateWords(state, translated));
+        place.append(bar, problem, list, notice.element);
 
         async function guarded(press) {
             try {
@@ -46,6 +48,7 @@
                 known = "";  // asked again with the next status
                 return;
             }
+            notice.entries(told.entries);
             draw();
         }
 
@@ -117,12 +120,14 @@
         }
 
         draw();
-        return (answer) => {
+        const watch = (answer) => {
+            notice.status(answer);
             const now = answer.run + answer.running;
             const open = told.entries.some((entry) => ["waiting", "running"].includes(entry.state));
             if (now === known && !(open && Date.now() - looked > LOOK_MS)) return;
             known = now;
             look();
         };
+        return Object.assign(watch, {waits: notice.waits});
     };
 })();

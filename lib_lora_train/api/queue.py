@@ -10,6 +10,10 @@
     POST queue/remove       {"id"}
     POST queue/retry        {"id", "resume": true|false} -> {"id"}: one that ended waits again, from its beginning or its state
     POST queue/hold         {"held": true|false}: nothing more begins, or it goes on
+    GET  queue/webhook      {"webhook": the server that is told when a run has ended, "" for none, "problem": why the last
+                            notice did not arrive, "" if it did}
+    POST queue/webhook      {"url"} -> as GET: keep that address, or none for "", and send it a first notice; not where others
+                            reach the page
 """
 
 from __future__ import annotations
@@ -19,18 +23,18 @@ import datetime
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, StrictBool, StrictFloat, StrictInt, StrictStr, conint
 
-from lib_lora_train.api import service
 from lib_lora_train.api.gate import Gate
 from lib_lora_train.errors import LoraTrainError, SettingError
 from lib_lora_train.host.port import Host
+from lib_lora_train.results.start import queue_on
 from lib_lora_train.run.planning import plan_job
 from lib_lora_train.run.queue import Entry, RunQueue
 from lib_lora_train.run.runner import Runner
+from lib_lora_train.run.webhook import webhook_of
 from lib_lora_train.settings import parse
 from lib_lora_train.studio.requests import validated
 
@@ -47,19 +51,13 @@ class QueueRequest(BaseModel):
     position: conint(strict=True, ge=0, lt=10**6) = 0
     resume: StrictBool = False
     held: StrictBool = True
+    url: StrictStr = ""
 
 
 @functools.lru_cache(maxsize=1)
 def queue_for(host: Host, runner: Runner) -> RunQueue:
     """The process's one, however often the page is rebuilt."""
-    def start(entry: Entry, folder: Path) -> None:
-        if entry.resumes:
-            service.resume(entry.run, {}, runner=runner, host=host)
-        else:
-            service.start(entry.settings, runner=runner, host=host, folder=folder, checkpoint=entry.checkpoint)
-    queue = RunQueue(host, runner, host.runs_folder, start=start)
-    runner.guard(queue.refuse_others)
-    return queue
+    return queue_on(host, runner)
 
 
 def add_routes(gate: Gate, queue: RunQueue, host: Host) -> None:
@@ -75,10 +73,29 @@ def add_routes(gate: Gate, queue: RunQueue, host: Host) -> None:
     add("POST", "queue/remove", lambda r: _done(queue.remove(r.id)), "Take one out")
     add("POST", "queue/retry", lambda r: {"id": queue.retry(r.id, resume=r.resume).id}, "Have one that ended wait again")
     add("POST", "queue/hold", lambda r: _done(queue.hold(r.held)), "Begin nothing more, or go on")
+    add("GET", "queue/webhook", lambda _: webhook(host), "Who is told when a run has ended")
+    add("POST", "queue/webhook", lambda r: keep_webhook(r.url, host=host), "Have somebody told when a run has ended")
     try:
         queue.open()
     except LoraTrainError as error:
         log.warning("%s", error)
+
+
+def webhook(host: Host) -> dict[str, str]:
+    """The webhook as plain data, without its secret."""
+    found = webhook_of(host.runs_folder)
+    return {"webhook": found.shown(), "problem": found.problem}
+
+
+def keep_webhook(address: str, *, host: Host) -> dict[str, str]:
+    """Keep a webhook and try it. Raises SettingError, and HostError where it does not answer."""
+    if host.allowed is not None:  # this machine would send to wherever they like
+        raise SettingError("The webhook is not changed here", why="others can reach this page",
+                           remedy="set it on the machine itself: python -m lib_lora_train queue webhook")
+    webhook_of(host.runs_folder).keep(address)
+    if address:
+        webhook_of(host.runs_folder).test()
+    return webhook(host)
 
 
 def enqueue(request: QueueRequest, *, queue: RunQueue, host: Host) -> Entry:

@@ -7,70 +7,34 @@ exceptions; how they are shown is the caller's matter.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lib_lora_train.dataset.folder import subset_tables
-from lib_lora_train.errors import DatasetError, HostError, LoraFileError
+from lib_lora_train.errors import DatasetError
 from lib_lora_train.host.port import Checkpoint, Host
 from lib_lora_train.memory.device import matrix_rate, seconds_per_step
 from lib_lora_train.model.family import FAMILIES, detect
 from lib_lora_train.results.overview import plain
-from lib_lora_train.results.promote import dress
-from lib_lora_train.results.report import write_report
 from lib_lora_train.results.saves import lora_text
+from lib_lora_train.results.start import folder_of as folder_of
+from lib_lora_train.results.start import resume as resume
+from lib_lora_train.results.start import start as start
 from lib_lora_train.run.diagnostics import bundle
 from lib_lora_train.run.memory import plan_for, planned_layers
 from lib_lora_train.run.on_top import loras_on_top
 from lib_lora_train.run.output import checked_name
-from lib_lora_train.run.planning import RunPlan, output_folder, plan_dataset, plan_job
+from lib_lora_train.run.planning import RunPlan, output_folder, plan_dataset
 from lib_lora_train.run.record import past_runs
-from lib_lora_train.run.resume import compare_settings, find, run_folder, settings_of
 from lib_lora_train.run.runner import Runner, Status
-from lib_lora_train.settings import AREAS, Settings, declarations, flat, parse
+from lib_lora_train.settings import AREAS, Settings, declarations, parse
 from lib_lora_train.settings.allowed_paths import check_allowed
 from lib_lora_train.settings.toml import write_toml
 from lib_lora_train.training.precision import compute_dtype
 
 _MEASURED_FROM = 10  # steps
-
-
-def start(values: Mapping[str, object], *, runner: Runner, host: Host, folder: Path | None = None,
-          checkpoint: str = "") -> str:
-    """Start a run with settings by name and return its id. `folder` is where it is kept; None makes one. `checkpoint` is the
-    title of the only model it may train on; "" for whatever is loaded.
-
-    The settings, the name, the output folder and the dataset are checked first, so that most refusals come at once and
-    leave no run behind. Raises UserError, and HostError while another run is under way.
-    """
-    settings = parse(values)
-    if runner.running():
-        raise HostError("A training is running already", remedy="wait for it or stop it first")
-    plan = plan_job(settings, host)
-    if plan.resume_point:
-        compare_settings(plan.settings, plan.resume_point, steps=plan.schedule.steps)
-    plan = dataclasses.replace(plan, checkpoint=checkpoint)
-    return runner.start(plan, host, requested=settings, folder=folder, recorded=functools.partial(_conclude, host=host))
-
-
-def _conclude(folder: Path, *, host: Host) -> None:
-    """What follows a run: cards for its saves, and its report."""
-    dress(folder, host.allowed)
-    write_report(folder, host)
-
-
-def resume(run: str, changes: Mapping[str, object], *, runner: Runner, host: Host) -> str:
-    """Go on with an interrupted or stopped run of the host (`run` as `runs` names it) and return its id.
-
-    Its settings are those it had, but for `changes`; a raised max_train_steps for example. Raises as `start` does, and
-    LoraFileError where the run has no state.
-    """
-    folder_of(run, host)
-    point = find(run, host.runs_folder)
-    return start({**flat(settings_of(point, changes)), "resume": run}, runner=runner, host=host)
 
 
 def folder_settings(values: Mapping[str, object], *, host: Host) -> str:
@@ -221,14 +185,6 @@ def report(run: str, *, host: Host, program: str) -> bytes:
     past = [] if run else past_runs(host.runs_folder, most=1)
     found = folder_of(run, host) if run else host.runs_folder / past[0].id if past else None
     return bundle(found, host=host, program=program)
-
-
-def folder_of(run: str, host: Host) -> Path:
-    """The folder of that run of the host. Raises LoraFileError."""
-    folder = run_folder(run, host.runs_folder)
-    if folder is None:
-        raise LoraFileError(f"There is no run called {run!r}", remedy="see the list of runs")
-    return folder
 
 
 def settings_list() -> list[dict[str, Any]]:

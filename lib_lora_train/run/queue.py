@@ -77,8 +77,11 @@ class RunQueue:
     """The queue in a folder of runs. `start` is called in its own thread, on a host with the entry's model."""
 
     def __init__(self, host: ModelSource, runner: Runner, runs_folder: Path, *, start: Start,
+                 failed: Callable[[Entry], None] = lambda entry: None, watch: bool = True,
                  clock: Callable[[], float] = time.time) -> None:
+        """`failed` is told of one that could not begin. Without `watch` nothing begins but by `check`."""
         self._host, self._runner, self._runs, self._start, self._clock = host, runner, runs_folder, start, clock
+        self._failed, self._watches = failed, watch
         self._lock = threading.RLock()
         self._opened, self._process_lock = False, None
         self._entries: list[Entry] = []
@@ -236,8 +239,11 @@ class RunQueue:
             self._ended(entry, "failed", error)
 
     def _ended(self, entry: Entry, state: State, error: Exception) -> None:
+        entry = dataclasses.replace(entry, state=state, message=Failure.of(error, name="The start").message)
         with self._changed():
-            self._put(dataclasses.replace(entry, state=state, message=Failure.of(error, name="The start").message))
+            self._put(entry)
+        if state == "failed":
+            self._failed(entry)
 
     def _due(self, entry: Entry) -> bool:
         now = self._clock()
@@ -324,7 +330,8 @@ class RunQueue:
                                 remedy="use that one, or close it") from None
             self._entries, self._held = _read(self._runs / FILE_NAME)
             self._opened, self._process_lock = True, lock
-        threading.Thread(target=self._watch, name="lora-train-run-queue", daemon=True).start()
+        if self._watches:
+            threading.Thread(target=self._watch, name="lora-train-run-queue", daemon=True).start()
 
     def _watch(self) -> None:
         while not self._closed.wait(_POLL_SECONDS):

@@ -102,7 +102,7 @@ class BackgroundTracker:
             while (entry := self._entries.get()) is not None:
                 self._tracker.write(entry)
             self._tracker.end()
-        except Exception as error:  # noqa: BLE001 - foreign code, and the training is worth more
+        except Exception as error:
             log.warning("%s failed", self._title, exc_info=error)
             self._failed = True
             why = " ".join(str(error).split())[:300] or type(error).__name__

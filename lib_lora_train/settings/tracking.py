@@ -12,9 +12,9 @@ class TrackingSettings:
     """Other programs that follow the run."""
 
     log_with: str = setting(
-        "none", "Tracker", "Send losses, rates, samples and the verdict to TensorBoard or to Weights & Biases as well, or to all "
-        "of them. Both are packages of their own. Weights & Biases sends them to its server, with the login that `wandb login` "
-        "keeps on this machine.", choices=("none", "tensorboard", "wandb", "all"))
+        "none", "Tracker", "Send losses, rates, samples and the verdict to TensorBoard or to Weights & Biases as well, or to "
+        "all of them. Both are packages of their own. Weights & Biases sends them to its server, with the login that `wandb "
+        "login` keeps on this machine.", choices=("none", "tensorboard", "wandb", "all"))
     logging_dir: str = setting(
         "", "Tracker folder", "Where trackers write their files. Empty is the folder logs in the run's own.", is_path=True)
     log_prefix: str = setting(

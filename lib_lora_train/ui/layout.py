@@ -30,8 +30,8 @@ ROWS_IN_VIEW = (
     ("network_train_unet_only", "flip_aug"),
 )
 FOLDS = {"network": "Network", "optimizer": "Optimizer", "loss": "Loss", "noise": "Noise", "masks": "Masked loss",
-         "preservation": "Preservation", "captions": "Captions",
-         "dataset": "Dataset", "memory": "Memory", "evaluation": "Samples and measuring", "save": "Saving", "tracking": "Trackers"}
+         "preservation": "Preservation", "captions": "Captions", "dataset": "Dataset",
+         "memory": "Memory", "evaluation": "Samples and measuring", "save": "Saving", "tracking": "Trackers"}
 _HIDDEN = "lora-train-hidden"
 
 

@@ -414,3 +414,32 @@ def test_a_dropped_file_fills_the_fields_and_is_told_and_a_preset_of_ones_own_is
     page.get_by_role("button", name="Delete").click()
     expect(served.box("preset")).to_have_value("Default, changed")
     expect(served.box("network_dim")).to_have_value("24")
+
+
+def test_a_notice_of_the_end_comes_also_in_the_background_and_a_browser_that_refuses_says_so(served: Served):
+    page = served.page
+    page.add_init_script("""
+        window.shown = [];
+        window.Notification = class {
+            static permission = "default";
+            static async requestPermission() { return Notification.permission = window.answer || "denied"; }
+            constructor(title, options) { window.shown.push(title + " | " + options.body); }
+        };
+        Object.defineProperty(document, "hidden", {get: () => Boolean(window.away)});
+    """)
+    served.open()
+    box = page.locator("#lora_train_notify")
+    box.click()
+    expect(page.locator(".lora-train-notice-said")).to_contain_text("does not allow notifications")
+    expect(box).not_to_be_checked()
+    page.evaluate("window.answer = 'granted'")
+    box.check()
+    expect(page.locator(".lora-train-notice-said")).to_be_empty()
+    served.fill()
+    served.part("start").click()
+    served.job.advance(3)
+    expect(page.locator("#lora_train_live")).to_contain_text("3/100")
+    page.evaluate("window.away = true")
+    served.job.advance(97)
+    page.wait_for_function("window.shown.length > 0")
+    assert page.evaluate("window.shown") == ["zzk: done | zzk is ready."]

@@ -1,0 +1,135 @@
+"""The notice that a run has ended, to an address of the user's: a chat's webhook, or a program of their own.
+
+The address is kept beside the queue in `webhook.json`, since it belongs to this machine and to no recipe; it mostly holds a
+secret, and is never shown whole. What is sent names no folder of the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import http.client
+import json
+import logging
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from lib_lora_train import __version__
+from lib_lora_train.errors import HostError, SettingError, translated
+from lib_lora_train.run.diagnostics import Private
+from lib_lora_train.run.record import past_run, read_settings
+from lib_lora_train.storage.atomic import remove, write_atomic
+
+log = logging.getLogger(__name__)
+FILE_NAME = "webhook.json"
+_TIMEOUT, _TRIES, _MOST_TEXT = 10.0, 2, 1800  # seconds; Discord takes 2000 letters
+
+
+@dataclasses.dataclass(frozen=True)
+class Notice:
+    """How a run ended. `run` is its id, "" for one that could not begin; `file` the name of its newest file."""
+
+    run: str
+    name: str
+    outcome: str
+    message: str
+    step: int = 0
+    file: str = ""
+
+    @classmethod
+    def of(cls, folder: Path) -> Notice:
+        """That of the run in `folder`, without folders and users."""
+        past = past_run(folder)
+        file = past.path.replace("\\", "/").rpartition("/")[2]
+        message = past.message.replace(past.path, file) if past.path else past.message
+        private = Private.of(read_settings(folder), host=None, run=folder)
+        return cls(past.id, past.name, past.outcome, private.replaced(message), past.steps, file)
+
+    def body(self) -> bytes:
+        """As JSON; "content" is what Discord shows of it, "text" what Slack does."""
+        text = f"{self.name} ({self.outcome}): {self.message}"[:_MOST_TEXT]
+        return json.dumps({**dataclasses.asdict(self), "content": text, "text": text}).encode()
+
+
+class Webhook:
+    """The address that is kept in a folder of runs. `problem` is why the last notice did not arrive, "" if it did."""
+
+    def __init__(self, runs: Path) -> None:
+        self._file, self.problem = runs / FILE_NAME, ""
+
+    def address(self) -> str:
+        """The address, "" for none."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return _checked(str(json.loads(self._file.read_text(encoding="utf-8"))["webhook"]))
+        return ""
+
+    def shown(self) -> str:
+        """The address without what may be secret in it."""
+        found = urlsplit(self.address())
+        return f"{found.scheme}://{found.hostname}/…" if found.hostname else ""
+
+    def keep(self, address: str) -> None:
+        """Keep another address, or with "" none. Raises SettingError for what is none, OutputError."""
+        data = json.dumps({"webhook": _checked(address)}).encode()
+        self.problem = ""
+        with translated("the webhook was kept"):
+            if not address:
+                remove(self._file)
+                return
+            write_atomic(self._file, data)
+            with contextlib.suppress(OSError):
+                self._file.chmod(0o600)
+
+    def send(self, notice: Notice) -> threading.Thread | None:
+        """Send it in a thread of its own, which is returned; None where there is no address. What goes wrong is logged once."""
+        address = self.address()
+        if not address:
+            return None
+        thread = threading.Thread(target=self._deliver, args=(address, notice), name="lora-train-webhook", daemon=True)
+        thread.start()
+        return thread
+
+    def test(self) -> None:
+        """Send one now, and wait for it. Raises HostError where it does not arrive."""
+        self._deliver(self.address(), Notice("", "Train LoRA", "test", "A message like this one comes when a run has ended."))
+        if self.problem:
+            raise HostError("The webhook was kept, and does not answer as it should", why=self.problem,
+                            remedy="check the address")
+
+    def _deliver(self, address: str, notice: Notice) -> None:
+        for _ in range(_TRIES):
+            try:
+                request = urllib.request.Request(address, data=notice.body(), headers={
+                    "Content-Type": "application/json", "User-Agent": f"train-lora/{__version__}"})
+                with urllib.request.urlopen(request, timeout=_TIMEOUT):
+                    self.problem = ""
+                    return
+            except urllib.error.HTTPError as error:
+                self.problem = f"the server answers {error.code}"
+                error.close()
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                self.problem = str(getattr(error, "reason", "") or error) or type(error).__name__
+        log.warning("The notice of %s could not be sent to %s: %s", notice.name, self.shown(), self.problem)
+
+
+@functools.lru_cache(maxsize=16)
+def webhook_of(runs: Path) -> Webhook:
+    """The one of that folder of runs."""
+    return Webhook(runs)
+
+
+def _checked(address: str) -> str:
+    try:
+        found = urlsplit(address.strip())
+        found.port  # noqa: B018 - raises ValueError for what is no number
+        usable = not address or bool(found.scheme in ("http", "https") and found.hostname) and address.isprintable()
+    except ValueError:
+        usable = False
+    if not usable:
+        raise SettingError("The webhook is no address", why="it must begin with https or http",
+                           remedy="copy it from the chat's settings")
+    return address.strip()
