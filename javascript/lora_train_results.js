@@ -132,9 +132,9 @@
     function build(app) {
         const {make, button} = window.loraTrainStudio.parts;
         const head = results.head(app), recommended = results.recommended(app), saves = results.saves(app);
-        const learnt = results.learnt(app), grid = results.grid(app), pictures = results.pictures(app);
+        const share = results.share(app), learnt = results.learnt(app), grid = results.grid(app), pictures = results.pictures(app);
         const notice = make("div", {class: "ltr-notice", role: "status", hidden: true});
-        app.place.replaceChildren(head.element, notice, head.progress, head.empty, recommended.element, learnt.element,
+        app.place.replaceChildren(head.element, notice, head.progress, head.empty, recommended.element, share.element, learnt.element,
             saves.element, grid.element, pictures.element);
         let said = null;
 
@@ -150,7 +150,7 @@
             drawNotice(app.said);
             app.place.classList.toggle("lts-loading", !app.runs && !app.found);
         }};
-        app.build([all, head, recommended, learnt, saves, grid, pictures]);
+        app.build([all, head, recommended, share, learnt, saves, grid, pictures]);
     }
 
     function attach() {

@@ -141,6 +141,7 @@
                         "It is the LoRA already." : "Make this save the LoRA, with a card."}),
                     app.page.sender.possible() ? tool("Send to txt2img", "right", () => results.send(app, save, weight)) : null,
                     tool("Copy LoRA text", "copy", () => app.page.sender.copy(wish(app, save, weight))),
+                    tool("Share", "upload", () => app.share(save)),
                     tool("Delete", "remove", () => remove([save]), save.is_result)) : null);
         }
 

@@ -152,6 +152,8 @@
                         kind: "primary", drawn: "check", id: "lora_train_take", disabled: !best.exists,
                         title: "Make this save the LoRA, with a card: preview picture, activation text, preferred weight.",
                     }),
+                    button("Share", () => app.share(best), {drawn: "upload", id: "lora_train_share_best", disabled: !best.exists,
+                        title: "Export it for Civitai, or push it to the Hugging Face hub."}),
                     app.page.sender.possible() ? button("Send to txt2img", () => results.send(app, best, made.weight), {
                         id: "lora_train_send_best", title: "Put the trigger word and the LoRA into the prompt of txt2img, at the size it was trained at.",
                     }) : null].filter(Boolean));

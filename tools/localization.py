@@ -34,7 +34,8 @@ PACKAGE, SCRIPTS, CATALOGUES = ROOT / "lib_lora_train", ROOT / "javascript", ROO
 LANGUAGES = ("zh_CN", "zh_TW", "ja_JP")
 NOT_SHOWN = (
     "__main__.py", "terminal.py", "demo/", "studio/commands/", "distributed/", "run/consistency.py", "run/diagnostics.py",
-    "results/report.py", "results/charts.py", "results/inline_images.py", "results/sample_sheet.py", "ui/standalone.py",
+    "results/report.py", "results/charts.py", "results/inline_images.py", "results/sample_sheet.py", "results/shared_texts.py",
+    "ui/standalone.py",
     "evaluation/check_sheet.py", "dataset/crop_sheet.py", "records.py")
 """Below PACKAGE: what only the command line and the terminal show, and pictures and files that are handed on."""
 NO_TEXTS = frozenset({

@@ -12,6 +12,10 @@
     POST results/stop        {} -> {"stopping": whether something was running}; a grid goes on where it was
     POST results/take        {"run", "save", "weight"?} -> what `promote` returns and "message": make that save the run's LoRA
     POST results/delete      {"run", "saves": [...]} -> {"deleted": [names of files]}
+    POST results/export      {"run", "save", "name"?} -> {"folder", "message"}: a folder to upload to Civitai, in the run's own
+    POST results/push        {"run", "save", "huggingface_repo_id", "huggingface_repo_visibility"?: "private"|"public",
+                             "name"?, "license"?, "overwrite"?} -> {"id"}: push it to the Hugging Face hub, a task; not where
+                             others reach the page, as the login is its owner's
     POST results/sample      {}: paint now, between two steps of the run under way
 """
 
@@ -23,18 +27,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastapi.responses import Response
-from pydantic import BaseModel, StrictStr, confloat, conint, constr
+from pydantic import BaseModel, StrictBool, StrictStr, confloat, conint, constr
 
 from lib_lora_train.api import service
 from lib_lora_train.api.gate import Gate
 from lib_lora_train.errors import DatasetError, HostError, LoraFileError, SettingError
 from lib_lora_train.host.port import Host
 from lib_lora_train.results.grid import SampleOptions, sample_grid
+from lib_lora_train.results.hub import check_push, push
 from lib_lora_train.results.overview import image_of, overview
 from lib_lora_train.results.promote import delete, promote
 from lib_lora_train.results.references import resolution_of
 from lib_lora_train.results.report import report_html
 from lib_lora_train.results.scoring import score_grid
+from lib_lora_train.results.sharing import SharedLora, export_for_civitai
 from lib_lora_train.run.record import newest_run, read_settings
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import Settings, named
@@ -65,6 +71,11 @@ class ResultsRequest(BaseModel):
 
     save: _Text = ""
     weight: confloat(ge=-2, le=2, allow_inf_nan=False) = 1.0
+
+    huggingface_repo_id: _Text = ""
+    huggingface_repo_visibility: Literal["private", "public"] = "private"
+    license: _Text = ""
+    overwrite: StrictBool = False
 
 
 class Results:
@@ -145,6 +156,32 @@ class Results:
         self._run = folder.name
         return number
 
+    def export(self, request: ResultsRequest) -> dict[str, Any]:
+        """A folder to upload to Civitai, and a sentence about it."""
+        folder = self.named_folder(request.run)
+        shared = SharedLora.of(folder, request.save, name=request.name)
+        target = export_for_civitai(shared, folder / "export" / shared.name)
+        return {"folder": str(target), "message": f"Ready to upload: {target}"}
+
+    def push(self, request: ResultsRequest) -> int:
+        """Begin to push a save to the Hugging Face hub; the task's number."""
+        folder = self.named_folder(request.run)
+        if self.host.allowed is not None:
+            raise SettingError("Nothing is pushed from here",
+                               why="others can reach this page, and the hub's login is its owner's",
+                               remedy="push it on the machine itself: python -m lib_lora_train share")
+        check_push(request.huggingface_repo_id, request.license)
+        shared = SharedLora.of(folder, request.save, name=request.name)
+
+        def job(task: Task) -> str:
+            url = push(shared, request.huggingface_repo_id, private=request.huggingface_repo_visibility == "private",
+                       license_name=request.license, overwrite=request.overwrite, scratch=folder)
+            return f"{shared.name} is on the Hugging Face hub: {url}"
+
+        number = self.tasks.start("Pushing to the Hugging Face hub", job)
+        self._run = folder.name
+        return number
+
     def sample(self) -> dict[str, Any]:
         """Have the run under way sample between two steps. Raises HostError where there is none that does."""
         if not self.runner.sample_now():
@@ -156,14 +193,15 @@ class Results:
         """The folder of a run whose files are to change. Raises as `named_folder`, HostError while they are being used."""
         folder = self.named_folder(run)
         if self.tasks.running() and self._run == folder.name:
-            raise HostError("The saves cannot be changed now", why="their grid is being painted",
+            why = "their grid is being painted" if self.tasks.with_model() else "one is being pushed to the Hugging Face hub"
+            raise HostError("The saves cannot be changed now", why=why,
                             remedy="wait for it or stop it first")
         return folder
 
     def refuse_training(self, settings: Settings) -> None:
         """Raise HostError for a training that would find the model in use by a grid. A host that shares it lets the training
         wait its turn."""
-        if self.tasks.running() and not self.host.shares_model():
+        if self.tasks.with_model() and not self.host.shares_model():
             raise HostError("The training cannot start now", why="the grid of a run is being painted",
                             remedy="wait for it or stop it first")
 
@@ -186,6 +224,8 @@ def add_routes(gate: Gate, results: Results) -> None:
     add("POST", "results/take", results.make_result, "Make a save the LoRA")
     add("POST", "results/delete", results.delete, "Delete saves")
     add("POST", "results/grid", lambda r: {"id": results.grid(r)}, "Paint and score a run's saves")
+    add("POST", "results/export", results.export, "Make a folder to upload to Civitai")
+    add("POST", "results/push", lambda r: {"id": results.push(r)}, "Push a save to the Hugging Face hub")
     add("POST", "results/sample", lambda _: results.sample(), "Paint what the run under way has learnt so far")
     add("POST", "results/stop", lambda _: {"stopping": results.tasks.stop()}, "Stop the work under way")
 

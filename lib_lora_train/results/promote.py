@@ -50,7 +50,7 @@ def promote(folder: Path, save_id: str, *, weight: float, host: Host) -> dict[st
     if not (math.isfinite(weight) and 0 < weight <= MOST_WEIGHT):
         raise SettingError(f"A weight of {weight:g} is not possible", why=f"the WebUI's cards know 0 to {MOST_WEIGHT:g}")
     with _LOCK:
-        source, target = _source(folder, save_id), _target(folder, host)
+        source, target = source_of(folder, save_id), _target(folder, host)
         _refuse_while_training(folder)
         card = user_metadata.read_user_metadata(target)
         kept = _keep_former(folder, target, source)
@@ -112,8 +112,8 @@ def dress(folder: Path, allowed: AllowedPaths | None = None, *, only: Path | Non
             log.warning("%s has no card: %s", save.path.name, error)
 
 
-def _source(folder: Path, save_id: str) -> Path:
-    """The file of the save."""
+def source_of(folder: Path, save_id: str) -> Path:
+    """The file of that save of the run, or of the mean of its last ones. Raises LoraFileError."""
     average = _average(folder)
     if save_id == average.stem and average.is_file():
         return average

@@ -1,4 +1,4 @@
-"""The commands on what a run made: `samples`, `grid`, `scores`, `recommend`, `take` and `report`.
+"""The commands on what a run made: `samples`, `grid`, `scores`, `recommend`, `take`, `share`, `export` and `report`.
 
 Nothing here imports torch or numpy before a command runs, so that every other command and `--help` start at once.
 """
@@ -56,6 +56,20 @@ def add_results(commands: Commands) -> None:
     take.add_argument("--weight", type=float, default=1.0, help="how strongly it is to be used, for the card (1)")
     take.set_defaults(command=translated("a save was made the LoRA")(_promote))
 
+    share = _add(commands, "share", "push one of a run's saves to the Hugging Face hub, with the login of huggingface-cli")
+    _add_named_save(share)
+    share.add_argument("--huggingface-repo-id", required=True, metavar="USER/NAME", help="the repository; a new one is made")
+    share.add_argument("--huggingface-repo-visibility", choices=("private", "public"), default="private",
+                       help="of a new repository (private)")
+    share.add_argument("--license", default="", metavar="NAME", help="its short name on the hub, as cc-by-nc-4.0 (none)")
+    share.add_argument("--overwrite", action="store_true", help="also into a repository that holds files")
+    share.set_defaults(command=translated("the save was pushed")(_share))
+
+    export = _add(commands, "export", "make a folder to upload to Civitai of one of a run's saves")
+    _add_named_save(export)
+    export.add_argument("--to", type=user_path, metavar="DIR", help="the folder goes in there (export in the run's folder)")
+    export.set_defaults(command=translated("the folder was made")(_export))
+
     report = _add(commands, "report", "write a run's report: one HTML file that needs nothing else", as_json=False)
     report.add_argument("--out", type=user_path, metavar="F.html", help="where it goes (report.html in the run's folder)")
     report.set_defaults(command=translated("the report was written")(_report))
@@ -68,6 +82,12 @@ def _add(commands: Commands, name: str, told: str, *, as_json: bool = True) -> a
     if as_json:
         parser.add_argument("--json", action="store_true", help="as JSON")
     return parser
+
+
+def _add_named_save(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("save", metavar="SAVE", help="its name, as `grid` and the report have it; NAME-average is the average")
+    parser.add_argument("--name", default="", help="what the LoRA is to be called (as the run's)")
+    parser.add_argument("--weight", type=float, help="the recommended one (as `recommend` says, or 1)")
 
 
 def folder_of_run(chosen: argparse.Namespace) -> Path:
@@ -206,6 +226,28 @@ def _promote(chosen: argparse.Namespace) -> int:
     folder = folder_of_run(chosen)
     done = promote(folder, chosen.save, weight=chosen.weight, host=_host(folder))
     print(json.dumps(done, indent=1) if chosen.json else f"{done['path']} is {chosen.save} now: {done['prompt']}")
+    return 0
+
+
+def _share(chosen: argparse.Namespace) -> int:
+    from lib_lora_train.results.hub import push
+    from lib_lora_train.results.sharing import SharedLora
+
+    folder = folder_of_run(chosen)
+    shared = SharedLora.of(folder, chosen.save, name=chosen.name, weight=chosen.weight)
+    url = push(shared, chosen.huggingface_repo_id, private=chosen.huggingface_repo_visibility == "private",
+               license_name=chosen.license, overwrite=chosen.overwrite, scratch=folder)
+    print(json.dumps({"url": url}) if chosen.json else url)
+    return 0
+
+
+def _export(chosen: argparse.Namespace) -> int:
+    from lib_lora_train.results.sharing import SharedLora, export_for_civitai
+
+    folder = folder_of_run(chosen)
+    shared = SharedLora.of(folder, chosen.save, name=chosen.name, weight=chosen.weight)
+    made = export_for_civitai(shared, (chosen.to or folder / "export") / shared.name)
+    print(json.dumps({"folder": str(made)}) if chosen.json else made)
     return 0
 
 
