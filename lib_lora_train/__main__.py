@@ -26,10 +26,10 @@ from lib_lora_train.errors import LoraTrainError, SettingError, UserError, trans
 from lib_lora_train.events import Report, shielded
 from lib_lora_train.run import RUNS_FOLDER
 from lib_lora_train.settings import AREAS, Settings, assignment, declarations, flat, named, parse, user_path
-from lib_lora_train.settings.importing import import_file
 from lib_lora_train.studio.commands.arguments import add_check, add_prepare, add_tag, add_verify
 from lib_lora_train.studio.commands.results import add_results
-from lib_lora_train.studio.commands.settings import add_settings, named_preset
+from lib_lora_train.studio.commands.settings import add_settings
+from lib_lora_train.studio.commands.sweep import add_compare, add_given, add_runs, add_sweep, given_values
 
 if TYPE_CHECKING:
     from lib_lora_train.distributed import LaunchEnvironment
@@ -68,6 +68,7 @@ def _train(chosen: argparse.Namespace) -> int:
     from lib_lora_train.run.output import checked_name, destination
     from lib_lora_train.run.planning import plan_job
     from lib_lora_train.run.record import RunRecord, new_folder
+    from lib_lora_train.studio.commands.progress import RunBar, show_json
 
     launch = LaunchEnvironment.read(os.environ)
     first = launch is None or launch.rank == 0  # it alone records and prints
@@ -86,7 +87,7 @@ def _train(chosen: argparse.Namespace) -> int:
         if launch is not None:
             _refused_together(launch, error)
         raise
-    show: Report = _QuietOutput(launch.rank) if launch and not first else _show_json if chosen.json else _Bar()
+    show: Report = _QuietOutput(launch.rank) if launch and not first else show_json if chosen.json else RunBar()
     with contextlib.closing(record) if record else contextlib.nullcontext(), terminal.StopRequest(
             launched=launch is not None, tells=first) as request:
         def stop() -> StopKind:
@@ -179,37 +180,12 @@ def _train_settings(chosen: argparse.Namespace) -> tuple[Settings, list[str]]:
     """What the command line says, over the configuration file, over the run to go on with; and what became of the file's."""
     from lib_lora_train.run.resume import find, settings_of
 
-    imported = import_file(chosen.config) if chosen.config else None
-    preset = named_preset(chosen.preset, chosen.output_dir) if chosen.preset else None
-    values = {**(preset.values if preset else {}), **(imported.values if imported else {})}
-    notes = imported.sentences() if imported else []
-    values |= {name: value for name, value in (
-        ("train_data_dir", chosen.data), ("output_name", chosen.name), ("output_dir", chosen.output_dir),
-        ("resume", chosen.resume)) if value}
-    values |= dict(assignment(text) for text in chosen.set)
-    if preset:
-        values["preset"] = preset.recorded(flat(parse({n: v for n, v in values.items() if n != "resume"})))
+    values, notes = given_values(chosen)
     if not values.get("resume"):
         return parse(values), notes
     named = user_path(str(values.pop("resume")))  # a path, else the name of a run beside the results
     folder = named if os.path.lexists(named) else user_path(str(values.get("output_dir", "."))) / RUNS_FOLDER / named
     return settings_of(find(str(folder), folder.parent), values), notes
-
-
-def _runs(chosen: argparse.Namespace) -> int:
-    from lib_lora_train.run.record import past_runs
-
-    folder = user_path(chosen.output_dir) / RUNS_FOLDER
-    found = past_runs(folder)
-    if not found:
-        print(f"No runs were found in {folder}; --output-dir names where the LoRAs went.", file=sys.stderr)
-    if chosen.json:
-        print(json.dumps([dataclasses.asdict(run) for run in found], indent=1))
-    for run in found if not chosen.json else ():
-        resumable = "" if run.resume_step is None or run.outcome == "running" else f"--resume {run.id}"
-        ended = "ruined" if run.verdict == "ruined" else run.outcome
-        print(f"{run.id:40} {ended:12} {run.steps:>6}/{run.total:<6} {resumable}".rstrip())
-    return 0
 
 
 def _ui(chosen: argparse.Namespace) -> int:
@@ -269,10 +245,6 @@ def _demo(chosen: argparse.Namespace) -> int:
                     auth=chosen.auth)
 
 
-def _show_json(event: events.Event) -> None:
-    print(json.dumps(events.to_dict(event)), flush=True)
-
-
 class _QuietOutput:
     """What a process of rank 1 or above prints: its own warnings only, since rank 0 prints what all have in common."""
 
@@ -285,42 +257,6 @@ class _QuietOutput:
             print(f"note of process {self._rank}: {event.message}", file=sys.stderr)
 
 
-class _Bar:
-    """Events as a progress bar and a few lines."""
-
-    def __init__(self) -> None:
-        from tqdm import tqdm
-        self._tqdm, self._bar, self._name = tqdm, tqdm(disable=True), ""
-
-    def __call__(self, event: events.Event) -> None:
-        if isinstance(event, events.Planned):
-            self._tqdm.write(f"{event.checkpoint}: {event.summary}" + (f"; {event.memory}" if event.memory else ""))
-        elif isinstance(event, events.Stage):
-            self._advance(event.name, event.done, event.total)
-        elif isinstance(event, events.Step):
-            self._advance("Training", event.step, event.total, f"epoch {event.epoch}/{event.epochs} "
-                          f"loss {event.average_loss:.4f} lr {event.learning_rate:.2e}")
-        elif isinstance(event, events.Saved):
-            self._tqdm.write(f"saved {event.path}")
-        elif isinstance(event, events.Warned):
-            self._tqdm.write(f"note: {event.message}")
-        elif isinstance(event, events.Diagnosed):
-            self._tqdm.write(f"{event.finding}: {event.message}")
-        elif isinstance(event, events.Finished):
-            self._bar.close()
-            if event.outcome != "failed":
-                print(event.message)
-
-    def _advance(self, name: str, done: int, total: int, postfix: str = "") -> None:
-        if name != self._name:
-            self._bar.close()
-            self._name, self._bar = name, self._tqdm(total=total, desc=name, dynamic_ncols=True)
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
-        if postfix:
-            self._bar.set_postfix_str(postfix, refresh=False)
-
-
 def _parser() -> argparse.ArgumentParser:
     names = "\n".join(f"  {d.name} = {d.default!r}\n      {d.help}" for area in AREAS.values() for d in declarations(area))
     parser = argparse.ArgumentParser(prog="python -m lib_lora_train", description="Train a LoRA from a folder of pictures.")
@@ -330,12 +266,7 @@ def _parser() -> argparse.ArgumentParser:
         "train", help="train a LoRA", epilog=f"settings and their defaults:\n{names}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     train.add_argument("--checkpoint", type=user_path, required=True, help="the model, a .safetensors file")
-    train.add_argument("--data", default="", help=named("train_data_dir"))
-    train.add_argument("--name", default="", help=named("output_name"))
-    train.add_argument("--output-dir", default="", help=named("output_dir"))
-    train.add_argument("--config", type=user_path, help="a file of settings, another program's too, or a LoRA")
-    train.add_argument("--preset", default="", help="settings for a purpose: the name of a preset, or its file")
-    train.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one setting; may be repeated")
+    add_given(train)
     train.add_argument("--json", action="store_true", help="one JSON event a line instead of a progress bar")
     train.add_argument("--resume", default="", metavar="RUN|FOLDER", help="go on with an interrupted run (see `runs`); its "
                        "settings are kept, but for those given here")
@@ -345,11 +276,6 @@ def _parser() -> argparse.ArgumentParser:
                        "(torchrun, accelerate launch): how long one that does not answer is waited for")
     train.set_defaults(command=_train)
 
-    runs = commands.add_parser("runs", help="list past runs and how they ended")
-    runs.add_argument("--output-dir", default=".", help="where the LoRAs went")
-    runs.add_argument("--json", action="store_true")
-    runs.set_defaults(command=_runs)
-
     ui = commands.add_parser("ui", help="serve the page without a WebUI")
     ui.add_argument("--checkpoint", type=user_path, help="the model, a .safetensors file")
     ui.add_argument("--output-dir", default="loras", help="where LoRAs go")
@@ -358,7 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_address(ui)
     ui.set_defaults(command=_ui)
 
-    for add in (add_results, add_settings, add_prepare, add_check, add_tag, add_verify):
+    for add in (add_sweep, add_runs, add_compare, add_results, add_settings, add_prepare, add_check, add_tag, add_verify):
         add(commands)
 
     inspect = commands.add_parser("inspect", help="say what a LoRA file is")

@@ -68,7 +68,7 @@ def test_a_configuration_file_is_read_and_the_command_line_has_the_last_word(run
     told = json.loads(run("inspect", tmp_path / "out" / "zzk.safetensors", "--json").stdout)
     assert (told["rank"], told["family"], told["hash_ok"], told["components"]) == (2, "sd1", True, {"unet": 72})
     record, = (tmp_path / "out" / "runs").iterdir()
-    assert {f.name for f in record.iterdir()} == {"settings.toml", "events.jsonl", "report.html", ".lock"}
+    assert {f.name for f in record.iterdir()} == {"settings.toml", "events.jsonl", "images.json", "report.html", ".lock"}
 
 
 @pytest.mark.parametrize("more, word", [

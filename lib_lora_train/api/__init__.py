@@ -11,8 +11,8 @@
     POST save               {} -> {"saving": whether something was running}: the LoRA is saved between two steps
     GET  report?run=ID      a zip for support (`run/diagnostics.py`), about that run or the newest; nothing private
 
-Those for files of settings and for presets are in `settings.py`, those under /lora-train/v1/studio/, results/, queue/ and
-languages/ in the files of these names.
+Those for files of settings and for presets are in `settings.py`, those under /lora-train/v1/studio/, results/, queue/, history/
+and languages/ in the files of these names; `compare` is in `history.py`.
 
 A refusal is {"error": one sentence} with 400 (something given is wrong), 409 (the host or the runner is busy), 401,
 403, 413 or 415.
@@ -33,7 +33,7 @@ from fastapi import FastAPI
 from fastapi.responses import Response
 from pydantic import BaseModel, StrictBool, StrictStr, conint, constr
 
-from lib_lora_train.api import languages, queue, results, service, settings, studio
+from lib_lora_train.api import history, languages, queue, results, service, settings, studio
 from lib_lora_train.api.gate import OUTDATED, PREFIX, TOKEN_HEADER, Gate, LoggedIn, same_origin
 from lib_lora_train.errors import SettingError
 from lib_lora_train.host.port import Host
@@ -72,6 +72,7 @@ def install(app: FastAPI, *, runner: Runner, host: Host, token: str, credentials
     queue.add_routes(gate, queue.queue_for(host, runner), host)
     studio.add_routes(gate, studio_for(host, runner))
     results.add_routes(gate, results.results_for(host, runner))
+    history.add_routes(gate, results.results_for(host, runner))
     languages.add_route(app)
 
 

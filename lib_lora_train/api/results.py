@@ -192,11 +192,15 @@ class Results:
     def _folder_to_change(self, run: str) -> Path:
         """The folder of a run whose files are to change. Raises as `named_folder`, HostError while they are being used."""
         folder = self.named_folder(run)
-        if self.tasks.running() and self._run == folder.name:
+        self.refuse_change(folder.name)
+        return folder
+
+    def refuse_change(self, run: str) -> None:
+        """Raise HostError while a task is about the run of this id."""
+        if self.tasks.running() and self._run == run:
             why = "their grid is being painted" if self.tasks.with_model() else "one is being pushed to the Hugging Face hub"
             raise HostError("The saves cannot be changed now", why=why,
                             remedy="wait for it or stop it first")
-        return folder
 
     def refuse_training(self, settings: Settings) -> None:
         """Raise HostError for a training that would find the model in use by a grid. A host that shares it lets the training

@@ -7,8 +7,9 @@ exceptions; how they are shown is the caller's matter.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lib_lora_train.dataset.folder import subset_tables
 from lib_lora_train.errors import DatasetError
 from lib_lora_train.host.port import Checkpoint, Host
 from lib_lora_train.memory.device import matrix_rate, seconds_per_step
+from lib_lora_train.memory.plan import MemoryPlan
 from lib_lora_train.model.family import FAMILIES, detect
 from lib_lora_train.results.overview import plain
 from lib_lora_train.results.saves import lora_text
@@ -29,6 +31,7 @@ from lib_lora_train.run.output import checked_name
 from lib_lora_train.run.planning import RunPlan, output_folder, plan_dataset
 from lib_lora_train.run.record import past_runs
 from lib_lora_train.run.runner import Runner, Status
+from lib_lora_train.run.sweep import SweepRun, blamed, same_plans
 from lib_lora_train.settings import AREAS, Settings, declarations, parse
 from lib_lora_train.settings.allowed_paths import check_allowed
 from lib_lora_train.settings.toml import write_toml
@@ -78,13 +81,44 @@ def plan(values: Mapping[str, object], *, host: Host, runner: Runner | None = No
     }
 
 
+def plan_sweep(runs: Sequence[SweepRun], *, host: Host, runner: Runner | None = None) -> dict[str, Any]:
+    """What a sweep would do: the number of its runs, their names, the steps of all, and how long they take ("about 3.1 h", ""
+    where that is not known). Nothing is written. Raises UserError, naming the run."""
+    loaded = host.checkpoint()
+    steps, seconds, known = 0, 0.0, dict[int, float | None]()
+    for run in runs:
+        check_allowed(run.settings, host.allowed)
+    look = same_plans(lambda settings: plan_dataset(settings, family=loaded.family if loaded else "", allowed=host.allowed))
+    for run in runs:
+        with blamed(run.name):
+            found = look(run.settings)
+            if id(found) not in known:
+                known[id(found)] = _memory_and_seconds(
+                    run.settings, found, host, slower=_slower(runner, found.resolution), should_stop=None)[1]
+        steps += found.schedule.steps
+        seconds += known[id(found)] or math.nan
+    return {"runs": len(runs), "names": [run.name for run in runs], "steps": steps,
+            "estimate": f"about {_duration(seconds)}" if math.isfinite(seconds) else ""}
+
+
 def _estimate(settings: Settings, found: RunPlan, host: Host, *, slower: float,
               should_stop: Callable[[], bool] | None) -> tuple[str, str]:
-    """ "about 9 min · about 5.1 of 8.0 GB of memory: …" and a warning, from the loaded model's shapes; "" while no model is
-    loaded. Without the time where the device has not been measured yet and others compute on it."""
+    """ "about 9 min · about 5.1 of 8.0 GB of memory: …" and a warning; "" while no model is loaded. Without the time where that
+    is not known."""
+    memory, seconds = _memory_and_seconds(settings, found, host, slower=slower, should_stop=should_stop)
+    if memory is None:
+        return "", ""
+    time = [f"about {_duration(seconds)}"] if seconds is not None else []
+    return " · ".join([*time, memory.text]), memory.warning
+
+
+def _memory_and_seconds(settings: Settings, found: RunPlan, host: Host, *, slower: float,
+                        should_stop: Callable[[], bool] | None) -> tuple[MemoryPlan | None, float | None]:
+    """What a run takes of both, from the loaded model's shapes; None while no model is loaded, for the seconds also where the
+    device has not been measured yet and others compute on it."""
     outline, checkpoint = host.outline(), host.checkpoint()
     if outline is None or checkpoint is None:
-        return "", ""
+        return None, None
     architecture = detect(outline.tensors, outline.hints)
     stored = next(iter(architecture.family.parts(outline.tensors)[0].values())).dtype
     dtype = compute_dtype(settings.memory.mixed_precision, outline.device, weights=stored)
@@ -93,11 +127,10 @@ def _estimate(settings: Settings, found: RunPlan, host: Host, *, slower: float,
                       on_top=loras_on_top(settings, host, family=architecture.family.name))
     rate = matrix_rate(outline.device, dtype, idle=host.idle)
     if rate is None:
-        return memory.text, memory.warning
-    time = slower * found.schedule.steps * seconds_per_step(
+        return memory, None
+    return memory, slower * found.schedule.steps * seconds_per_step(
         memory.flops, blocks=len(memory.blocks), passes=memory.passes * settings.optimizer.gradient_accumulation_steps,
         device_type=outline.device.type, rate=rate)
-    return " · ".join([f"about {_duration(time)}", memory.text]), memory.warning
 
 
 def _slower(runner: Runner | None, resolution: tuple[int, int]) -> float:

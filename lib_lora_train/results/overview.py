@@ -11,7 +11,7 @@ from typing import Any
 from lib_lora_train import events
 from lib_lora_train.errors import printable
 from lib_lora_train.results.grid import Grid, read_grid
-from lib_lora_train.results.history import RunHistory, read_history
+from lib_lora_train.results.history import RunHistory, read_history, read_steps
 from lib_lora_train.results.improvement import ImageGains
 from lib_lora_train.results.recommend import leaves, recommend
 from lib_lora_train.results.saves import Save, lora_text, result_path, saves_of
@@ -53,7 +53,7 @@ def overview(folder: Path) -> dict[str, Any]:
         "image_gains": dataclasses.asdict(ImageGains.of(history.image_losses)) if history.image_losses else None,
         "diagnosed": _fields(history.diagnosed),
         "steps": [[step.step, step.loss, step.average_loss, step.learning_rate, step.text_encoder_lr, step.gradient_norm]
-                  for step in thinned(history.steps)],
+                  for step in thinned(read_steps(folder))],
         "grid": _grid(folder, grid) if grid else None, "recommended": best.to_dict() if best else None, "task": None,
     })
 

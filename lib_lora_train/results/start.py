@@ -16,6 +16,7 @@ from lib_lora_train.run.planning import plan_job
 from lib_lora_train.run.queue import Entry, RunQueue
 from lib_lora_train.run.resume import compare_settings, find, run_folder, settings_of
 from lib_lora_train.run.runner import Runner
+from lib_lora_train.run.sweep import record_sweep
 from lib_lora_train.run.webhook import Notice, webhook_of
 from lib_lora_train.settings import flat, parse
 
@@ -71,6 +72,7 @@ def queue_on(host: Host, runner: Runner, *, watch: bool = True) -> RunQueue:
             resume(entry.run, {}, runner=runner, host=host)
         else:
             start(entry.settings, runner=runner, host=host, folder=folder, checkpoint=entry.checkpoint)
+            record_sweep(folder, entry.sweep)
 
     def failed(entry: Entry) -> None:
         message = Private.of(entry.settings, host=host, run=None).replaced(entry.message)

@@ -31,6 +31,7 @@ from lib_lora_train.run import resume
 from lib_lora_train.run.callbacks import MeasuredMemory, Pause, Stop, StopCallback, TimeLimit
 from lib_lora_train.run.consistency import agree_on_data, require_equal
 from lib_lora_train.run.diagnosing import Diagnosing
+from lib_lora_train.run.image_record import record_images
 from lib_lora_train.run.inputs import batches_of, latents_of, preservation_of, stage
 from lib_lora_train.run.measuring import MeasuredImages, Measuring
 from lib_lora_train.run.memory import encoding_budget, memory_plan, place_model
@@ -94,6 +95,7 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
             plan, model, vae_tensors(leased.tensors), group, folder, report=report, stop=stop, pause=pause, budget=vae_budget)))
         plan = plan.without_damaged(dataset=source.dataset, placements=source.placements)
         _warn(plan.warnings, report)
+        record_images(folder, plan)
         batches = batches_of(plan, source, group, factor=model.architecture.vae.factor, report=report)
         measured = MeasuredImages.of(plan, batches, model, budget=vae_budget, group=group, report=report)
         report = diagnosing = Diagnosing(plan, batches, model, group=group, folder=folder, report=report)

@@ -15,7 +15,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from lib_lora_train.records import from_plain
 from lib_lora_train.run.background import Failure
 from lib_lora_train.run.record import new_folder, past_run, step_to_resume
 from lib_lora_train.run.runner import Runner
+from lib_lora_train.run.sweep import Sweep, blamed
 from lib_lora_train.settings import Settings, flat
 from lib_lora_train.storage.atomic import write_atomic
 from lib_lora_train.storage.lock import is_locked, lock_run
@@ -49,6 +50,7 @@ class Entry:
     resumes       whether `run` is one to go on with
     recorded      bytes of the run's record when it was marked as running: it began if there are more now
     message       how it ended, a sentence
+    sweep         the sweep that it belongs to, None for none
     """
 
     id: str
@@ -61,6 +63,7 @@ class Entry:
     resumes: bool = False
     recorded: int = 0
     message: str = ""
+    sweep: Sweep | None = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -127,20 +130,36 @@ class RunQueue:
         return bool(not entry.open and entry.run) and step_to_resume(self._runs / entry.run) is not None
 
     @property
+    def runner(self) -> Runner:
+        """What trains its runs."""
+        return self._runner
+
+    @property
     def held(self) -> bool:
         """Whether nothing more begins."""
         return self._held
 
     def add(self, settings: Settings, *, checkpoint: str = "", not_before: float = 0.0, idle_minutes: float = 0.0) -> Entry:
         """Put a run at the end. Raises OutputError where another one is to write the same file, HostError as `open`."""
+        return self._add([(settings, None)], checkpoint, not_before, idle_minutes)[0]
+
+    def add_sweep(self, runs: Sequence[tuple[Settings, Sweep]], *, checkpoint: str = "", not_before: float = 0.0,
+                  idle_minutes: float = 0.0) -> tuple[Entry, ...]:
+        """Put all runs of a sweep at the end, or none of them. Raises as `add`."""
+        return self._add(runs, checkpoint, not_before, idle_minutes)
+
+    def _add(self, runs: Sequence[tuple[Settings, Sweep | None]], checkpoint: str, not_before: float, idle_minutes: float
+             ) -> tuple[Entry, ...]:
         if not (math.isfinite(idle_minutes) and 0 <= idle_minutes <= 24 * 60):
             raise SettingError(f"{idle_minutes:g} minutes without generations cannot be waited for", remedy="say 0 to 1440")
         with self._changed():
-            entry = Entry(secrets.token_hex(4), settings.save.output_name, checkpoint, not_before, idle_minutes,
-                          settings=flat(settings))
-            self._check_name(entry)
-            self._entries.append(entry)
-            return entry
+            entries = tuple(Entry(secrets.token_hex(4), settings.save.output_name, checkpoint, not_before, idle_minutes,
+                                  sweep=sweep, settings=flat(settings)) for settings, sweep in runs)
+            for entry in entries:
+                with blamed(entry.name) if entry.sweep else contextlib.nullcontext():
+                    self._check_name(entry)
+                self._entries.append(entry)
+            return entries
 
     def edit(self, entry_id: str, settings: Settings) -> Entry:
         """Give a waiting run other settings. Raises SettingError where it does not wait, OutputError as `add`."""
@@ -343,6 +362,15 @@ class RunQueue:
     def _write(self) -> None:
         data = {"held": self._held, "entries": [dataclasses.asdict(entry) for entry in self._entries]}
         write_atomic(self._runs / FILE_NAME, json.dumps(data, indent=1, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def queued_runs(runs_folder: Path) -> frozenset[str]:
+    """The ids of the runs that the queue of this folder trains or is to go on with, as its file says."""
+    try:
+        entries = json.loads((runs_folder / FILE_NAME).read_text(encoding="utf-8"))["entries"]
+        return frozenset(str(entry["run"]) for entry in entries if entry["state"] in ("waiting", "running") and entry["run"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return frozenset()
 
 
 def _recorded(folder: Path) -> int:

@@ -3,6 +3,8 @@
     <runs>/<name>-20261121-154501/
         settings.toml       what it was started with
         events.jsonl        one event a line; of the steps of a long run every n-th
+        images.json         the images it had, with their captions (`image_record.py`)
+        sweep.json          the sweep that it belongs to, where it does (`sweep.py`)
         state.safetensors   what it needs to go on after an interruption (`training/checkpoint.py`)
         error.txt           the traceback of a failure
         .lock               locked while a process works on it
@@ -29,6 +31,7 @@ from lib_lora_train.training.checkpoint import FILE_NAME, read_metadata
 log = logging.getLogger(__name__)
 FAILURE = "error.txt"
 _MOST_STEP_LINES = 2000
+_STEP = f'"event": "{events.Step.kind}"'  # in the line of a step, as json.dumps writes it
 
 
 class RunRecord:
@@ -142,18 +145,30 @@ def read_events(folder: Path) -> Iterator[events.Event]:
     return (event for _, event in read_timed_events(folder))
 
 
-def read_timed_events(folder: Path) -> Iterator[tuple[float, events.Event]]:
-    """As `read_events`, each with the time it was written at, in seconds since 1970."""
+def read_timed_events(folder: Path, *, every_step: bool = True) -> Iterator[tuple[float, events.Event]]:
+    """As `read_events`, each with the time it was written at, in seconds since 1970. Without `every_step` only the last of
+    steps that follow each other, which takes a twentieth of the time."""
     try:
         text = (folder / "events.jsonl").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return
-    for line in text.splitlines():
-        try:
-            data = json.loads(line)
-            yield float(data.get("time", 0)), events.from_dict(data)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    steps: list[str] = []
+    for line in [*text.splitlines(), ""]:
+        if not every_step and _STEP in line:
+            steps.append(line)
             continue
+        last = next((found for step in reversed(steps) if (found := _timed(step))), None)
+        steps.clear()
+        yield from filter(None, (last, _timed(line)))
+
+
+def _timed(line: str) -> tuple[float, events.Event] | None:
+    """The event of a line and its time; None for a torn line and one of a newer version."""
+    try:
+        data = json.loads(line)
+        return float(data.get("time", 0)), events.from_dict(data)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def read_settings(folder: Path) -> dict[str, object]:
@@ -186,7 +201,7 @@ def past_run(folder: Path) -> PastRun:
     name = str(read_settings(folder).get("output_name", ""))
     outcome, message, path, steps, total = "", "", "", 0, 0
     verdict: events.Verdict = ""
-    for event in read_events(folder):
+    for _, event in read_timed_events(folder, every_step=False):
         if isinstance(event, events.Planned):
             # The run begins or is resumed; how an earlier part of it ended no longer matters.
             outcome, message, verdict, steps, total = "", "", "", event.resumed_at, event.steps

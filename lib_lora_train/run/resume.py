@@ -218,9 +218,14 @@ def dataset_fingerprint(dataset: Dataset, placements: Sequence[Placement], masks
                      placement.bucket, placement.resized, placement.crop, *example.captions)
             digest.update(json.dumps(about).encode())
             for path in filter(None, (example.path, masks.get(example.path))):
-                with path.open("rb") as file:
-                    digest.update(file.read(_END))
-                    size = file.seek(0, os.SEEK_END)
-                    file.seek(max(_END, size - _END))
-                    digest.update(file.read() + str(size).encode())
+                digest.update(ends_of(path))
     return digest.hexdigest()
+
+
+def ends_of(path: Path) -> bytes:
+    """The first and the last bytes of a file, and its size: what tells an image from another. Raises OSError."""
+    with path.open("rb") as file:
+        first = file.read(_END)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(_END, size - _END))
+        return first + file.read() + str(size).encode()

@@ -17,7 +17,7 @@ from typing import Any
 import gradio as gr
 
 from lib_lora_train.api import OUTDATED, service
-from lib_lora_train.api.queue import QueueRequest, enqueue, queue_for
+from lib_lora_train.api.queue import QueueRequest, enqueue, enqueue_sweep, queue_for
 from lib_lora_train.errors import Interrupted, LoraTrainError, OutputError
 from lib_lora_train.host.port import Host
 from lib_lora_train.run.background import Failure
@@ -112,7 +112,8 @@ class Handlers:
         try:
             chosen["preset"] = self._recorded(chosen)
             wanted = validated(QueueRequest, {**told, "settings": chosen})
-            enqueue(wanted, queue=queue_for(self.host, self.runner), host=self.host)
+            put = enqueue_sweep if wanted.axes or wanted.overrides else enqueue
+            put(wanted, queue=queue_for(self.host, self.runner), host=self.host)
         except LoraTrainError as error:
             return _problem(str(error), values=chosen), done
         except Exception as error:  # noqa: BLE001 - as in `_summary`
