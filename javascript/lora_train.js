@@ -80,8 +80,8 @@
         view.result = window.loraTrainResult(page, page.sender, (run) => page.showResults(run));
         view.offer = window.loraTrainResume(view.resume, ask, () => { kick(); poll(); }, view.showProblem, translated);
         view.drawLearning = window.loraTrainLearning(page, view);
-        const fill = window.loraTrainFiles(page, byId("lora_train_files"), fieldValues);
-        view.queue = window.loraTrainQueue(page, byId("lora_train_queue"), fill);
+        page.fill = window.loraTrainFiles(page, byId("lora_train_files"), fieldValues);
+        view.queue = window.loraTrainQueue(page, byId("lora_train_queue"), page.fill);
         state.watchers.push(view.queue);
     }
 
@@ -385,7 +385,7 @@
     }
 
     Object.assign(page, {
-        byId, button, setText, planSoon, translated, ask, kick,
+        byId, button, setText, planSoon, translated, ask, kick, settings: fieldValues,
         modelLoaded: () => Boolean(state.model),
         status: () => state.last,
         /** Have `watch` see each status. */

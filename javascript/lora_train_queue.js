@@ -3,7 +3,7 @@
  */
 (function() {
     "use strict";
-    const LOOK_MS = 10000, STEP_MS = 50;
+    const LOOK_MS = 10000, STEP_MS = 50, SWEEP_MS = 300000;
     const stateWords = (state, translated) => ({
         waiting: translated("waits"), running: translated("is being trained"), done: translated("done"),
         stopped: translated("stopped"), failed: translated("failed"), interrupted: translated("interrupted"),
@@ -24,7 +24,8 @@
             class: "lora-train-problem"});
         const bar = make("div", {class: "lora-train-queue-bar"});
         const notice = window.loraTrainNotice(page, (state) => stateWords(state, translated));
-        place.append(bar, problem, list, notice.element);
+        const sweep = window.loraTrainSweep(page, (request) => guarded(() => enqueue({...when(), ...request}, SWEEP_MS)));
+        place.append(bar, sweep, problem, list, notice.element);
 
         async function guarded(press) {
             try {
@@ -54,17 +55,19 @@
 
         /** By a hidden button, whose handler sees the fields as they stand; it answers with the sign. A refusal is shown as that of
          * Train. */
-        async function enqueue(request) {
+        async function enqueue(request, patience = LOOK_MS) {
             const box = (id) => page.byId(id).querySelector("textarea, input"), sign = String(Math.random());
             page.setText(box("lora_train_queued"), JSON.stringify({...request, sign}));
             page.button("lora_train_enqueue").click();
-            for (let waited = 0; box("lora_train_enqueued").value !== sign && waited < LOOK_MS; waited += STEP_MS) {
+            for (let waited = 0; box("lora_train_enqueued").value !== sign && waited < patience; waited += STEP_MS) {
                 await new Promise((go) => setTimeout(go, STEP_MS));
             }
             if (box("lora_train_enqueued").value !== sign) throw new Error(translated("The server does not answer."));
         }
 
-        const add = () => guarded(() => enqueue({start_after: after.value, idle_minutes: Number(idle.value || 0)}));
+        const when = () => ({start_after: after.value, idle_minutes: Number(idle.value || 0)});
+
+        const add = () => guarded(() => enqueue(when()));
 
         const keep = () => guarded(() => enqueue({id: editing}).then(() => {
             if (!page.byId("lora_train_answer").textContent.trim()) editing = "";

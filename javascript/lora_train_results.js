@@ -1,6 +1,6 @@
 /* The page "3 Results": which run is shown, when the server is asked, and how the parts of the page hear of a change.
  *
- * Each part (head, recommendation, saves, grid, pictures) is made once with `app` and draws itself anew on app.draw(). While the
+ * Each part (head, recommendation, saves, grid, pictures, list of runs) is made once with `app` and draws itself anew on app.draw(). While the
  * server paints it is asked every second, otherwise every ten; never out of sight. What a run under way adds is told by the
  * status that lora_train.js asks for.
  */
@@ -133,9 +133,10 @@
         const {make, button} = window.loraTrainStudio.parts;
         const head = results.head(app), recommended = results.recommended(app), saves = results.saves(app);
         const share = results.share(app), learnt = results.learnt(app), grid = results.grid(app), pictures = results.pictures(app);
+        const compared = results.comparison(app), runs = results.runs(app, compared);
         const notice = make("div", {class: "ltr-notice", role: "status", hidden: true});
         app.place.replaceChildren(head.element, notice, head.progress, head.empty, recommended.element, share.element, learnt.element,
-            saves.element, grid.element, pictures.element);
+            saves.element, grid.element, pictures.element, runs.element, compared.element);
         let said = null;
 
         function drawNotice(now) {
@@ -150,7 +151,7 @@
             drawNotice(app.said);
             app.place.classList.toggle("lts-loading", !app.runs && !app.found);
         }};
-        app.build([all, head, recommended, share, learnt, saves, grid, pictures]);
+        app.build([all, head, recommended, share, learnt, saves, grid, pictures, runs]);
     }
 
     function attach() {

@@ -13,6 +13,7 @@
         likeness: translated("likeness"), prompt_following: translated("prompt"), tag_recall: translated("tags"),
         drift: translated("drift"), copy_risk: translated("copies"),
     });
+    results.scoreLabels = LABELS;
     // Its name in the API, what it says.
     const NUMBERS = [
         ["likeness", "How alike the pictures are to those that were not trained on, patch by patch. Higher is better."],

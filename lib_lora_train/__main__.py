@@ -12,7 +12,6 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import sys
@@ -25,7 +24,7 @@ from lib_lora_train import events
 from lib_lora_train.errors import LoraTrainError, SettingError, UserError, translated
 from lib_lora_train.events import Report, shielded
 from lib_lora_train.run import RUNS_FOLDER
-from lib_lora_train.settings import AREAS, Settings, assignment, declarations, flat, named, parse, user_path
+from lib_lora_train.settings import AREAS, Settings, declarations, parse, user_path
 from lib_lora_train.studio.commands.arguments import add_check, add_prepare, add_tag, add_verify
 from lib_lora_train.studio.commands.results import add_results
 from lib_lora_train.studio.commands.settings import add_settings

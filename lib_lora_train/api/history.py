@@ -94,7 +94,8 @@ def add_routes(gate: Gate, results: Results) -> None:
         runs, offset=(asked := request_of(query, body)).offset, count=asked.count), "Past runs with what they are worth")
     gate.add("GET", "history/disk", lambda *_: disk_use(runs), "The disk that runs take")
     gate.add("GET", "history/settings", lambda *sent: history.settings(request_of(*sent)), "The settings of a run")
-    gate.add("POST", "history/deletion", lambda *sent: _told(history.deletion(request_of(*sent))), "What deleting would take away")
+    gate.add("POST", "history/deletion", lambda *sent: _told(history.deletion(request_of(*sent))),
+             "What deleting would take away")
     gate.add("POST", "history/delete", lambda *sent: _told(history.delete(request_of(*sent))), "Delete runs with their files")
     gate.add("POST", "compare", lambda *sent: history.compare(request_of(*sent)), "Runs beside each other")
 

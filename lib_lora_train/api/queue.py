@@ -34,6 +34,7 @@ from typing import Any
 
 from pydantic import BaseModel, StrictBool, StrictFloat, StrictInt, StrictStr, conint
 
+from lib_lora_train.api import service
 from lib_lora_train.api.gate import Gate
 from lib_lora_train.errors import LoraTrainError, SettingError
 from lib_lora_train.host.port import Host

@@ -85,7 +85,7 @@ def plan_sweep(runs: Sequence[SweepRun], *, host: Host, runner: Runner | None = 
     """What a sweep would do: the number of its runs, their names, the steps of all, and how long they take ("about 3.1 h", ""
     where that is not known). Nothing is written. Raises UserError, naming the run."""
     loaded = host.checkpoint()
-    steps, seconds, known = 0, 0.0, dict[int, float | None]()
+    steps, time, known = 0, 0.0, dict[int, float | None]()
     for run in runs:
         check_allowed(run.settings, host.allowed)
     look = same_plans(lambda settings: plan_dataset(settings, family=loaded.family if loaded else "", allowed=host.allowed))
@@ -96,20 +96,19 @@ def plan_sweep(runs: Sequence[SweepRun], *, host: Host, runner: Runner | None = 
                 known[id(found)] = _memory_and_seconds(
                     run.settings, found, host, slower=_slower(runner, found.resolution), should_stop=None)[1]
         steps += found.schedule.steps
-        seconds += known[id(found)] or math.nan
+        time += known[id(found)] or math.nan
     return {"runs": len(runs), "names": [run.name for run in runs], "steps": steps,
-            "estimate": f"about {_duration(seconds)}" if math.isfinite(seconds) else ""}
+            "estimate": f"about {_duration(time)}" if math.isfinite(time) else ""}
 
 
 def _estimate(settings: Settings, found: RunPlan, host: Host, *, slower: float,
               should_stop: Callable[[], bool] | None) -> tuple[str, str]:
     """ "about 9 min · about 5.1 of 8.0 GB of memory: …" and a warning; "" while no model is loaded. Without the time where that
     is not known."""
-    memory, seconds = _memory_and_seconds(settings, found, host, slower=slower, should_stop=should_stop)
+    memory, time = _memory_and_seconds(settings, found, host, slower=slower, should_stop=should_stop)
     if memory is None:
         return "", ""
-    time = [f"about {_duration(seconds)}"] if seconds is not None else []
-    return " · ".join([*time, memory.text]), memory.warning
+    return memory.text if time is None else " · ".join([f"about {_duration(time)}", memory.text]), memory.warning
 
 
 def _memory_and_seconds(settings: Settings, found: RunPlan, host: Host, *, slower: float,

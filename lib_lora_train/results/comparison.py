@@ -145,7 +145,7 @@ def compare_runs(runs: Sequence[ComparedRun]) -> Comparison:
 
 
 def spread(one: Measure, other: Measure) -> float | None:
-    """The standard deviation over the seeds of two rows together (pooled by their degrees of freedom); None for one run each."""
+    """The standard deviation over the seeds of two rows together, pooled by their degrees of freedom; None for one run each."""
     known = [(measure.count - 1, measure.deviation) for measure in (one, other) if measure.deviation is not None]
     if not known:
         return None
@@ -198,12 +198,12 @@ def _notes(runs: Sequence[ComparedRun], rows: Sequence[Row]) -> tuple[str, ...]:
         notes.append("The runs did not hold out the same pictures, since their seeds or pictures differ: a part of the spread "
                      "is that of the pictures.")
     if silent := [run for run in runs if run.images is None]:
-        notes.append(f"{counted(len(silent), 'run does', 'runs do')} not say which pictures they had.")
+        notes.append(f"It is not recorded which pictures {counted(len(silent), 'run')} had.")
     scored = [row.measures["likeness"].mean is not None for row in rows]
     if any(scored) and not all(scored):
         notes.append("Not all runs have a grid with scores; paint it for those that have none.")
-    if ruined := sum(run.verdict == "ruined" for run in runs):
-        notes.append(f"{counted(ruined, 'run is', 'runs are')} ruined, and never the best.")
+    if any(run.verdict == "ruined" for run in runs):
+        notes.append("A ruined run is never the best.")
     return tuple(notes)
 
 
@@ -283,7 +283,8 @@ def _curve(history: RunHistory) -> dict[str, Any]:
     return {"points": [point for point in points if point[1] is not None], "held_out": held_out}
 
 
-def _samples(histories: Mapping[str, RunHistory], folders: Mapping[str, Path], row_of: Mapping[str, int]) -> list[dict[str, Any]]:
+def _samples(histories: Mapping[str, RunHistory], folders: Mapping[str, Path], row_of: Mapping[str, int]
+             ) -> list[dict[str, Any]]:
     """By prompt and seed, the last sample of each run that is there."""
     found: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     for run, history in histories.items():

@@ -45,7 +45,8 @@ def test_names_are_distinct_also_without_regard_to_case_and_can_be_files_and_sta
 
 @pytest.mark.parametrize("axes, word", [
     ({"seed": list(range(MOST_RUNS + 1))}, "101"), ({"learning_rat": [1]}, "learning_rate"), ({"seed": ["1", 1]}, "twice"),
-    ({"network_dim": [4, "many"]}, "network_dim"), ({"output_name": ["a"]}, "output_name"), ({"seed": []}, "seed"), ({}, "no values"),
+    ({"network_dim": [4, "many"]}, "network_dim"), ({"output_name": ["a"]}, "output_name"), ({"seed": []}, "seed"),
+    ({}, "no values"),
     ({"learning_rate": [1e-4, 0]}, "zorbi-learning_rate_0:")])
 def test_what_cannot_be_swept_is_one_sentence(axes: dict, word: str) -> None:
     with pytest.raises(SettingError) as refused:

@@ -12,7 +12,16 @@ import pytest
 
 from lib_lora_train import events
 from lib_lora_train.errors import SettingError
-from lib_lora_train.results.comparison import GAIN, ComparedRun, Measure, compare, compare_runs, comparison_data, difference, spread
+from lib_lora_train.results.comparison import (
+    GAIN,
+    ComparedRun,
+    Measure,
+    compare,
+    compare_runs,
+    comparison_data,
+    difference,
+    spread,
+)
 from lib_lora_train.run.image_record import FILE_NAME
 from tests.fake_host import FakeHost
 from tests.results.written_run import Run

@@ -243,7 +243,8 @@ def _print_comparison(data: Mapping[str, Any]) -> None:
     lines = [head]
     for row in data["rows"]:
         first, count = row["runs"][0], len(row["runs"])
-        verdicts = dict.fromkeys("ruined" if run["verdict"] == "ruined" else run["finding"] or run["outcome"] for run in row["runs"])
+        verdicts = dict.fromkeys("ruined" if run["verdict"] == "ruined" else run["finding"] or run["outcome"]
+                                 for run in row["runs"])
         lines.append(["*" if row["best"] else "=" if row["difference"] == "none" else "",
                       *(str(row["settings"][name]) for name in data["settings"]), ", ".join(verdicts), str(count),
                       *(_number(row["measures"][name], name) for name in data["measures"]),

@@ -1,0 +1,88 @@
+"""The list of runs and their comparison on the page "3 Results", and a sweep on "2 Train", in a real browser, with runs that
+were only written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lib_lora_train import events
+from lib_lora_train.api.queue import queue_for
+from lib_lora_train.run import queue as queue_module
+from tests.browser import ServedPage, expect, needs_browser, opened_page
+from tests.fake_host import FakeHost, images
+from tests.results.written_run import Run
+
+pytestmark = needs_browser
+RATES, SEEDS, GAINS = (0.0001, 0.0003), (1, 2), {(0.0001, 1): 0.3, (0.0001, 2): 0.29, (0.0003, 1): 0.2, (0.0003, 2): 0.21}
+
+
+def written(host: FakeHost) -> None:
+    for rate, seed in GAINS:
+        run = Run(host.lora_folder.parent, host, run=f"zzk{rate}-{seed}-20261121-120000",
+                  values={"output_name": f"zzk{rate}-{seed}", "learning_rate": rate, "seed": seed})
+        loss = GAINS[rate, seed]
+        run.tell(*(events.Measured(step, 1, (), (), (held_out,) * 3, (0.4,) * 3, {})
+                   for step, held_out in ((0, 0.4), (100, loss))))
+        run.save(f"zzk{rate}-{seed}", 100, final=True)
+        run.sample(100, prompt="zzk girl")
+        run.tell(events.Finished("done", "", "", 100, "healthy"))
+        run.record.close()
+
+
+@pytest.fixture
+def served(browser: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServedPage]:
+    monkeypatch.setattr(queue_module, "_POLL_SECONDS", 1e6)  # nothing begins
+    queue_for.cache_clear()
+    host = FakeHost(tmp_path)
+    written(host)
+    with opened_page(browser, patience_ms=90_000) as page, ServedPage(tmp_path, page, host=host) as made:
+        page.goto(made.url)
+        yield made
+        queue_for(made.host, made.runner).close()
+
+
+def test_a_sweep_is_queued_and_runs_are_compared_used_again_and_deleted(served: ServedPage, tmp_path: Path) -> None:
+    page = served.page
+    page.get_by_text("3 Results", exact=True).click()
+    served.part("runs").locator("summary").click()
+    expect(page.locator(".ltr-run")).to_have_count(4)
+    for mark in page.locator(".ltr-run-mark").all():
+        mark.check()
+    served.part("runs_compare").click()
+    compared, rows = served.part("comparison"), page.locator(".ltr-table tbody tr")
+    expect(rows).to_have_count(2)
+    # 1 - 0.205 / 0.4 and the deviation of 50 and 47.5.
+    expect(page.locator(".ltr-table tr[data-best]")).to_contain_text(re.compile(r"best.*0\.0003.*48\.8 ± 1\.8 %"))
+    expect(compared).to_contain_text("larger than the spread of seeds")
+    expect(compared.locator(".lora-train-plot path")).to_have_count(4)
+    expect(compared.locator("figure img")).to_have_count(4)
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.set_viewport_size({"width": 1280, "height": 900})
+    rows.filter(has_text="best").get_by_role("button", name="Use these settings").click()
+    expect(served.part("learning_rate").locator("input").first).to_have_value("0.0003")
+
+    for name, value in (("output_name", "zorbi"), ("train_data_dir", str(images(tmp_path / "data")))):
+        served.part(name).locator("textarea, input").first.fill(value)
+    expect(served.part("summary").first).to_contain_text("3 pictures")
+    served.part("sweep").locator("summary").click()
+    for number, values in ((0, "1e-4, 1e-3"), (1, "1 2 3")):
+        page.locator(".lora-train-sweep-row").nth(number).locator("input").nth(1).fill(values)
+    expect(served.part("sweep").get_by_role("status")).to_contain_text("6 runs")
+    served.part("sweep_add").click()
+    expect(page.locator(".lora-train-queue-list li")).to_have_count(6)
+    assert {entry.sweep.name for entry in queue_for(served.host, served.runner).entries()} == {"zorbi"}
+
+    page.get_by_text("3 Results", exact=True).click()
+    for mark in page.locator(".ltr-run-mark").all()[1:]:
+        mark.uncheck()
+    served.part("runs_delete").click()
+    expect(page.locator(".ltr-asking")).to_contain_text(re.compile(r"Delete 1 run .*MB are freed"))
+    served.part("runs_sure").click()
+    expect(page.locator(".ltr-run")).to_have_count(3)
+    assert len(list(served.host.runs_folder.glob("zzk*"))) == 3
+    assert len(list(served.host.lora_folder.glob("*.safetensors"))) == 4
