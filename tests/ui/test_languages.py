@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -48,12 +49,22 @@ def outside(text: str) -> str:
     return text
 
 
+def bracketed() -> dict[str, str]:
+    """The catalogue of that language."""
+    return {text: text if text in JOINTS else f"‹{text}›" for text in texts()}
+
+
+def untranslated(page: Any) -> list[str]:
+    """What is not translated of what is in sight."""
+    return [text for text in page.evaluate(READ) if WORD.search(outside(text))]
+
+
 class Translated(ServedPage):
     """The page in the language of the brackets."""
 
     def read(self) -> list[str]:
         """What is not translated of what is in sight."""
-        return [text for text in self.page.evaluate(READ) if WORD.search(outside(text))]
+        return untranslated(self.page)
 
     def turn(self, number: int) -> None:
         self.page.locator("#lora_train_pages button[role=tab], #lora_train_pages .tab-nav > button").nth(number).click()
@@ -63,9 +74,8 @@ class Translated(ServedPage):
 def shown(browser: object, tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Translated]:
     folder = tmp_path_factory.mktemp("languages")
     host = StandaloneHost(tiny_file, lora_folder=folder / "loras", runs_folder=folder / "runs")
-    catalogue = {text: text if text in JOINTS else f"‹{text}›" for text in texts()}
     with opened_page(browser, patience_ms=PATIENCE_MS, locale="zh-CN") as page:
-        page.route("**/languages/zh_CN.json", lambda route: route.fulfill(json=catalogue))
+        page.route("**/languages/zh_CN.json", lambda route: route.fulfill(json=bracketed()))
         with Translated(folder, page, host=host) as made:
             page.goto(made.url)
             expect(made.part("choose")).to_be_visible()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -20,9 +21,11 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.browser import expect, needs_browser, opened_page, sync_api
+from tests.ui.test_languages import bracketed, untranslated
 from tests.webui.installation import installed
 from tests.webui.running import LOADS_LATER, REPOSITORY, WebUI, fill, running, until
 from tests.webui.test_page import Tab
+from tests.webui.test_queue import QUEUE, add_from_page, chosen, ended, press, trained_on
 from tests.webui.test_training import assert_unchanged
 
 pytestmark = needs_browser
@@ -200,6 +203,44 @@ def test_a_checkpoint_that_is_switched_in_between_is_not_trained_on(
     patient = load_file(webui.loras / "patient.safetensors")
     assert patient.keys() == alone.keys() and all(patient[key].equal(alone[key]) for key in alone)
     assert webui.sample(PROMPT) == before["picture"]
+
+
+def test_a_queued_run_is_trained_on_the_checkpoint_it_was_added_on_and_the_users_is_back(
+        webui: WebUI, before: dict[str, Any], dataset: Path, tab: Tab) -> None:
+    webui.post(f"{QUEUE}/hold", {"held": True})
+    with webui.option("sd_model_checkpoint", "other.safetensors"):
+        add_from_page(tab, dataset, "elsewhere", steps=STEPS)
+    add_from_page(tab, dataset, "here", steps=STEPS)
+    press(tab, "Go on with the queue")
+    assert ended(webui, seconds=PATIENCE_S) == {"elsewhere": "done", "here": "done"}
+    found = trained_on(webui)
+    assert (found["elsewhere"], found["here"]) == ("other", "tiny")
+    assert chosen(webui) == "tiny.safetensors" and webui.sample(PROMPT) == before["picture"]
+
+
+def test_the_tab_follows_the_webuis_localization(webui: WebUI, browser: object, dataset: Path) -> None:
+    """In the language of `tests/ui/test_languages.py`, in place of the Chinese one: the WebUI and our script both translate,
+    and what neither did stands outside of the brackets, what both did in two pairs."""
+    (webui.data / "extensions" / "lora-train" / "localizations" / "zh_CN.json").write_text(
+        json.dumps(bracketed()), encoding="utf-8")
+    webui.post("/sdapi/v1/options", {"localization": "zh_CN"})
+    webui.post("/probe/reload")
+    webui.wait_for_start(2)
+    with opened_page(browser, patience_ms=PATIENCE_MS) as page:
+        tab = Tab(webui, page)
+        page.goto(webui.url)
+        for place, shown in (("1 Dataset", "choose"), ("2 Train", "summary"), ("3 Results", "results")):
+            tab.turn("‹Train LoRA›")
+            tab.turn(f"‹{place}›")
+            expect(tab.part(shown)).to_contain_text("‹")
+            if place == "2 Train":
+                for fold in page.locator("#lora_train_settings .label-wrap").all():
+                    fold.click()
+                tab.box("train_data_dir").fill(str(dataset))
+                tab.box("train_data_dir").blur()
+                expect(tab.part("summary")).to_contain_text("4 pictures")
+            assert untranslated(page) == []
+            assert not re.search("‹‹[^‹›]*››", page.locator("#lora_train").inner_text())
 
 
 def test_the_log_tells_of_no_error_of_ours(webui: WebUI, before: dict[str, Any]) -> None:

@@ -27,13 +27,17 @@ class Tab:
         """Load the page anew and go to the tab."""
         self.page.goto(self.webui.url)
         for name in ("Train LoRA", "2 Train"):
-            # The role of a tab's button is "button" in gradio 3 and "tab" in gradio 4.
-            self.page.get_by_role("button", name=name, exact=True).or_(
-                self.page.get_by_role("tab", name=name, exact=True)).click()
+            self.turn(name)
         # The summary says something as soon as gradio listens to the page.
         expect(self.part("summary")).to_contain_text(re.compile(r"\w"))
         # What the page remembers is put back with that text, which the first plan replaces.
         expect(self.part("summary")).not_to_contain_text("Looking at the pictures")
+
+    def turn(self, name: str) -> None:
+        """Go to one of the WebUI's tabs, or to one of the pages in ours."""
+        # The role of a tab's button is "button" in gradio 3 and "tab" in gradio 4.
+        self.page.get_by_role("button", name=name, exact=True).or_(
+            self.page.get_by_role("tab", name=name, exact=True)).click()
 
     def part(self, name: str):
         return self.page.locator(f"#lora_train_{name}").first
