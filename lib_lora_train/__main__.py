@@ -26,6 +26,7 @@ from lib_lora_train.events import Report, shielded
 from lib_lora_train.run import RUNS_FOLDER
 from lib_lora_train.settings import AREAS, Settings, declarations, parse, user_path
 from lib_lora_train.studio.commands.arguments import add_check, add_prepare, add_tag, add_verify
+from lib_lora_train.studio.commands.queue import add_queue
 from lib_lora_train.studio.commands.results import add_results
 from lib_lora_train.studio.commands.settings import add_settings
 from lib_lora_train.studio.commands.sweep import add_compare, add_given, add_runs, add_sweep, given_values
@@ -59,8 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(chosen: argparse.Namespace) -> int:
     from lib_lora_train.distributed import LaunchEnvironment, process_group
     from lib_lora_train.host.standalone import StandaloneHost, describe_file
-    from lib_lora_train.results.promote import dress
-    from lib_lora_train.results.report import write_report
     from lib_lora_train.run.background import StopKind
     from lib_lora_train.run.inputs import stage
     from lib_lora_train.run.job import run_job
@@ -106,8 +105,7 @@ def _train(chosen: argparse.Namespace) -> int:
                                folder=folder if record else None)
         finished, failure = _ending(job, show=show, record=record)
     if record:
-        dress(folder)
-        write_report(folder)
+        _conclude(folder)
     if finished.outcome == "failed":
         if launch is not None:
             failed_together(launch, finished.message, failure)
@@ -115,6 +113,18 @@ def _train(chosen: argparse.Namespace) -> int:
         return 2 if isinstance(failure, UserError) else 1
     # The first one's exit code says how it ended; to a launcher another's would be a failure, which ends the first one too.
     return terminal.INTERRUPTED if finished.outcome == "stopped" and first else 0
+
+
+def _conclude(folder: Path) -> None:
+    """What follows a run: cards for its saves, its report, and the notice that it has ended."""
+    from lib_lora_train.results.promote import dress
+    from lib_lora_train.results.report import write_report
+    from lib_lora_train.run.webhook import webhook_of
+
+    dress(folder)
+    write_report(folder)
+    webhook_of(folder.parent).send(folder)
+    webhook_of(folder.parent).wait()
 
 
 def _ending(job: Callable[[Report], events.Finished], *, show: Report,
@@ -283,7 +293,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_address(ui)
     ui.set_defaults(command=_ui)
 
-    for add in (add_sweep, add_runs, add_compare, add_results, add_settings, add_prepare, add_check, add_tag, add_verify):
+    for add in (add_sweep, add_runs, add_compare, add_results, add_settings, add_queue, add_prepare, add_check, add_tag,
+                add_verify):
         add(commands)
 
     inspect = commands.add_parser("inspect", help="say what a LoRA file is")

@@ -1,12 +1,13 @@
-"""Write docs/settings.md, and the table of names in docs/coming-from-kohya.md, from `lib_lora_train/settings/`.
+"""Write docs/settings.md, and the table of names in docs/coming-from-kohya.md, from `lib_lora_train/settings/`; and the routes
+in docs/api.md from `lib_lora_train/api/`.
 
-    python tools/settings_docs.py          after a setting or one of kohya's names has changed
+    python tools/settings_docs.py          after a setting, one of kohya's names or a route has changed
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ BEGIN, END = "<!-- written by tools/settings_docs.py -->", "<!-- end -->"
 
 
 def main() -> int:
-    """Write both; returns the exit code."""
+    """Write all three; returns the exit code."""
     sys.path.insert(0, str(ROOT))
     for path, text in documents().items():
         path.write_text(text, encoding="utf-8", newline="\n")
@@ -27,10 +28,17 @@ def main() -> int:
 
 def documents() -> dict[Path, str]:
     """{file: what it holds when it is up to date}."""
-    kohya = ROOT / "docs" / "coming-from-kohya.md"
-    before, _, rest = kohya.read_text(encoding="utf-8").partition(BEGIN)
-    names = f"{BEGIN}\n\n" + "\n".join(names_table()) + f"\n\n{END}"
-    return {ROOT / "docs" / "settings.md": "\n".join(settings_page()) + "\n", kohya: before + names + rest.partition(END)[2]}
+    from tools.api_docs import reference
+
+    kohya, api = ROOT / "docs" / "coming-from-kohya.md", ROOT / "docs" / "api.md"
+    return {ROOT / "docs" / "settings.md": "\n".join(settings_page()) + "\n",
+            kohya: _filled(kohya, names_table()), api: _filled(api, reference())}
+
+
+def _filled(path: Path, lines: Iterable[str]) -> str:
+    """The page, with these lines between its two marks."""
+    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    return f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}" + rest.partition(END)[2]
 
 
 def settings_page() -> Iterator[str]:

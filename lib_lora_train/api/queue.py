@@ -38,9 +38,11 @@ from lib_lora_train.api import service
 from lib_lora_train.api.gate import Gate
 from lib_lora_train.errors import LoraTrainError, SettingError
 from lib_lora_train.host.port import Host
+from lib_lora_train.results.start import next_time as next_time
 from lib_lora_train.results.start import queue_on
 from lib_lora_train.run.planning import plan_job
-from lib_lora_train.run.queue import Entry, RunQueue
+from lib_lora_train.run.queue import RunQueue
+from lib_lora_train.run.queue_file import Entry
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.run.sweep import expand, plan_all
 from lib_lora_train.run.webhook import webhook_of
@@ -140,16 +142,6 @@ def _loaded(host: Host) -> str:
 
 def _not_before(request: QueueRequest) -> float:
     return next_time(request.start_after, now=datetime.datetime.now()) if request.start_after else 0.0
-
-
-def next_time(text: str, *, now: datetime.datetime) -> float:
-    """When it is `text` ("23:00") next, in seconds since 1970. Raises SettingError."""
-    try:
-        time = datetime.datetime.strptime(text.strip(), "%H:%M").time()
-    except ValueError:
-        raise SettingError(f"{text!r} is no time of day", remedy="write it as 23:00") from None
-    then = datetime.datetime.combine(now.date(), time)
-    return (then if then > now else then + datetime.timedelta(days=1)).timestamp()
 
 
 def shown(queue: RunQueue, host: Host) -> dict[str, Any]:

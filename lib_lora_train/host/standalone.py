@@ -88,6 +88,22 @@ class StandaloneHost(Host):
         finally:
             self._lock.release()
 
+    def select(self, title: str) -> str:
+        """See `ModelSource`: another checkpoint of the same folder, by its file's name."""
+        before, name = self.checkpoint(), title.partition(" [")[0]
+        if before is not None and before.title == name:
+            return name
+        path = self.checkpoint_file.parent / name if self.checkpoint_file and name == Path(name).name else None
+        if path is None or not path.is_file():
+            raise HostError(f"The checkpoint {title} is not here", remedy="put it beside the one that --checkpoint names")
+        with self._lock:
+            try:
+                description = describe_header(path, self._device)
+            except ModelError as error:
+                raise HostError(f"The checkpoint {title} cannot be used", why=error.reason) from error
+            self.checkpoint_file, self._description, self._tensors, self._tokenizers = path, description, None, None
+        return before.title if before else ""
+
     def idle(self) -> bool:
         """Whether the model is not leased."""
         return not self._lock.locked()

@@ -23,7 +23,7 @@ from lib_lora_train.results.history import read_history
 from lib_lora_train.results.overview import plain, shown
 from lib_lora_train.results.saves import result_path, saves_of, wrote
 from lib_lora_train.results.scoring import SCORES
-from lib_lora_train.run.queue import queued_runs
+from lib_lora_train.run.queue_file import queued_runs
 from lib_lora_train.run.record import past_run, read_settings
 from lib_lora_train.run.sweep import read_sweep
 from lib_lora_train.settings.allowed_paths import AllowedPaths, inside, is_run_name

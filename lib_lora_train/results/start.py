@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 from collections.abc import Mapping
 from pathlib import Path
 
-from lib_lora_train.errors import HostError, LoraFileError
+from lib_lora_train.errors import HostError, LoraFileError, SettingError
 from lib_lora_train.host.port import Host
 from lib_lora_train.results.promote import dress
 from lib_lora_train.results.report import write_report
 from lib_lora_train.run.diagnostics import Private
 from lib_lora_train.run.planning import plan_job
-from lib_lora_train.run.queue import Entry, RunQueue
+from lib_lora_train.run.queue import RunQueue
+from lib_lora_train.run.queue_file import Entry
 from lib_lora_train.run.resume import compare_settings, find, run_folder, settings_of
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.run.sweep import record_sweep
@@ -43,7 +45,7 @@ def conclude(folder: Path, *, host: Host) -> None:
     """What follows a run: cards for its saves, its report, and the notice that it has ended."""
     dress(folder, host.allowed)
     write_report(folder, host)
-    webhook_of(host.runs_folder).send(Notice.of(folder))
+    webhook_of(host.runs_folder).send(folder)
 
 
 def resume(run: str, changes: Mapping[str, object], *, runner: Runner, host: Host) -> str:
@@ -81,3 +83,13 @@ def queue_on(host: Host, runner: Runner, *, watch: bool = True) -> RunQueue:
     queue = RunQueue(host, runner, host.runs_folder, start=begin, failed=failed, watch=watch)
     runner.guard(queue.refuse_others)
     return queue
+
+
+def next_time(text: str, *, now: datetime.datetime) -> float:
+    """When it is `text` ("23:00") next, in seconds since 1970. Raises SettingError."""
+    try:
+        time = datetime.datetime.strptime(text.strip(), "%H:%M").time()
+    except ValueError:
+        raise SettingError(f"{text!r} is no time of day", remedy="write it as 23:00") from None
+    then = datetime.datetime.combine(now.date(), time)
+    return (then if then > now else then + datetime.timedelta(days=1)).timestamp()

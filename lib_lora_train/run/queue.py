@@ -17,12 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lib_lora_train.errors import HostError, LoraTrainError, OutputError, SettingError, translated
 from lib_lora_train.host.port import ModelSource, same_title
-from lib_lora_train.records import from_plain
 from lib_lora_train.run.background import Failure
+from lib_lora_train.run.queue_file import FILE_NAME, Entry, State, read_or_keep
 from lib_lora_train.run.record import new_folder, past_run, step_to_resume
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.run.sweep import Sweep, blamed
@@ -31,45 +31,10 @@ from lib_lora_train.storage.atomic import write_atomic
 from lib_lora_train.storage.lock import is_locked, lock_run
 
 log = logging.getLogger(__name__)
-FILE_NAME = "queue.json"
-State = Literal["waiting", "running", "done", "stopped", "failed", "interrupted"]
 _POLL_SECONDS = 2.0
 """Between two looks at whether the next run may begin."""
 _AGAIN_SECONDS = 60
 """After which one is begun again that found the host or the runner busy; others go first meanwhile."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One run of the queue.
-
-    checkpoint    the title of the host's model that it trains on, "" for the one that is there then
-    not_before    seconds since 1970; 0 for at once
-    idle_minutes  it begins once nobody else used the model for so long
-    run           the id of its run, "" before it began
-    resumes       whether `run` is one to go on with
-    recorded      bytes of the run's record when it was marked as running: it began if there are more now
-    message       how it ended, a sentence
-    sweep         the sweep that it belongs to, None for none
-    """
-
-    id: str
-    name: str
-    checkpoint: str = ""
-    not_before: float = 0.0
-    idle_minutes: float = 0.0
-    state: State = "waiting"
-    run: str = ""
-    resumes: bool = False
-    recorded: int = 0
-    message: str = ""
-    sweep: Sweep | None = None
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def open(self) -> bool:
-        """Whether it is still to be trained, or is being trained."""
-        return self.state in ("waiting", "running")
 
 
 Start = Callable[[Entry, Path], object]
@@ -283,8 +248,9 @@ class RunQueue:
                           else dataclasses.replace(entry, state="waiting", run=entry.run if entry.resumes else ""))
 
     def _choose(self, checkpoint: str) -> None:
-        """Have the host hold the entry's model, and remember the user's."""
+        """Have the host hold the entry's model, and remember the user's, which one that names none has again."""
         if not checkpoint:
+            self._restore_choice()
             return
         before = self._host.select(checkpoint)
         if not same_title(before, checkpoint):
@@ -347,7 +313,7 @@ class RunQueue:
             except HostError:
                 raise HostError("The queue cannot be changed here", why="another program works on it",
                                 remedy="use that one, or close it") from None
-            self._entries, self._held = _read(self._runs / FILE_NAME)
+            self._entries, self._held = read_or_keep(self._runs)
             self._opened, self._process_lock = True, lock
         if self._watches:
             threading.Thread(target=self._watch, name="lora-train-run-queue", daemon=True).start()
@@ -364,36 +330,7 @@ class RunQueue:
         write_atomic(self._runs / FILE_NAME, json.dumps(data, indent=1, ensure_ascii=False).encode("utf-8", "replace"))
 
 
-def queued_runs(runs_folder: Path) -> frozenset[str]:
-    """The ids of the runs that the queue of this folder trains or is to go on with, as its file says."""
-    try:
-        entries = json.loads((runs_folder / FILE_NAME).read_text(encoding="utf-8"))["entries"]
-        return frozenset(str(entry["run"]) for entry in entries if entry["state"] in ("waiting", "running") and entry["run"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return frozenset()
-
-
 def _recorded(folder: Path) -> int:
     """How many bytes of its events a run has recorded."""
     events = folder / "events.jsonl"
     return events.stat().st_size if events.is_file() else 0
-
-
-def _read(file: Path) -> tuple[list[Entry], bool]:
-    """What the file holds. One that is damaged is kept under another name."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        return [_entry(found) for found in data["entries"]], data["held"] is True
-    except FileNotFoundError:
-        return [], False
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        damaged = file.with_name(f"queue-damaged-{time.strftime('%Y%m%d-%H%M%S')}.json")
-        os.replace(file, damaged)
-        log.warning("The queue is damaged (%s) and begins anew; what was there is in %s", error, damaged)
-        return [], False
-
-
-def _entry(found: Mapping[str, Any]) -> Entry:
-    settings = dict(found["settings"])
-    return dataclasses.replace(from_plain(Entry, {name: value for name, value in found.items() if name != "settings"}),
-                               settings=settings)

@@ -60,6 +60,7 @@ class Webhook:
 
     def __init__(self, runs: Path) -> None:
         self._file, self.problem = runs / FILE_NAME, ""
+        self._last: threading.Thread | None = None
 
     def address(self) -> str:
         """The address, "" for none."""
@@ -84,14 +85,23 @@ class Webhook:
             with contextlib.suppress(OSError):
                 self._file.chmod(0o600)
 
-    def send(self, notice: Notice) -> threading.Thread | None:
-        """Send it in a thread of its own, which is returned; None where there is no address. What goes wrong is logged once."""
-        address = self.address()
-        if not address:
-            return None
-        thread = threading.Thread(target=self._deliver, args=(address, notice), name="lora-train-webhook", daemon=True)
-        thread.start()
-        return thread
+    def send(self, told: Notice | Path) -> None:
+        """Send a notice, or that of the end of the run in a folder, in a thread of its own. Nothing where there is no address;
+        what goes wrong is logged once."""
+        if address := self.address():
+            self._last = threading.Thread(target=self._send, args=(address, told), name="lora-train-webhook", daemon=True)
+            self._last.start()
+
+    def _send(self, address: str, told: Notice | Path) -> None:
+        try:
+            self._deliver(address, Notice.of(told) if isinstance(told, Path) else told)
+        except Exception:
+            log.exception("The notice of the run's end could not be put together")
+
+    def wait(self) -> None:
+        """Wait until the last notice was sent, or could not be: for programs that end."""
+        if self._last is not None:
+            self._last.join(_TRIES * _TIMEOUT + 1)
 
     def test(self) -> None:
         """Send one now, and wait for it. Raises HostError where it does not arrive."""

@@ -14,7 +14,8 @@ from lib_lora_train.errors import HostError, OutputError, SettingError
 from lib_lora_train.events import Finished, Planned
 from lib_lora_train.host.port import Checkpoint, ModelSource, same_title
 from lib_lora_train.run import queue as queue_module
-from lib_lora_train.run.queue import Entry, RunQueue
+from lib_lora_train.run.queue import RunQueue
+from lib_lora_train.run.queue_file import Entry
 from lib_lora_train.run.record import RunRecord
 from lib_lora_train.settings import Settings, parse
 

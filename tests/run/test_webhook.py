@@ -16,7 +16,7 @@ from lib_lora_train.errors import HostError, SettingError
 from lib_lora_train.run import queue as queue_module
 from lib_lora_train.run import runner as runner_module
 from lib_lora_train.run.runner import Runner
-from lib_lora_train.run.webhook import Webhook, webhook_of
+from lib_lora_train.run.webhook import webhook_of
 from lib_lora_train.settings.allowed_paths import AllowedPaths
 from tests.fake_host import FakeHost, FakeJob, images
 
@@ -89,10 +89,8 @@ def test_it_is_tried_twice_and_a_server_that_is_gone_costs_one_warning_and_no_ru
     assert [chat.received.get(timeout=60)["outcome"] for _ in range(2)] == ["test", "test"]
     chat.server.shutdown()
     chat.server.server_close()
-    thread = []
-    monkeypatch.setattr(webhook, "send", lambda notice: thread.append(Webhook.send(webhook, notice)))
     assert trained(host, monkeypatch) == "done"
-    thread[0].join(60)
+    webhook.wait()
     told = [entry.getMessage() for entry in caplog.records if "notice of zzk" in entry.getMessage()]
     assert len(told) == 1 and webhook.problem and "very-secret" not in told[0]
     with pytest.raises(HostError):

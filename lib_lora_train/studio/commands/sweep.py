@@ -121,6 +121,7 @@ def _train_all(runs: Sequence[Any], host: Any, show: Any, *, name: str) -> tuple
     from lib_lora_train.results.start import start
     from lib_lora_train.run.runner import Runner
     from lib_lora_train.run.sweep import record_sweep
+    from lib_lora_train.run.webhook import webhook_of
 
     runner, folders, failed, sweep_id = Runner(), list[Path](), 0, secrets.token_hex(4)
     with terminal.StopRequest(launched=False, tells=True) as request:
@@ -144,6 +145,7 @@ def _train_all(runs: Sequence[Any], host: Any, show: Any, *, name: str) -> tuple
             if status is not None and status.finished is not None and status.finished.outcome == "failed":
                 print(status.finished.message, file=sys.stderr)
                 failed += 1
+        webhook_of(host.runs_folder).wait()
         return folders, failed, request.wanted
 
 
