@@ -83,6 +83,7 @@
         page.fill = window.loraTrainFiles(page, byId("lora_train_files"), fieldValues);
         view.queue = window.loraTrainQueue(page, byId("lora_train_queue"), page.fill);
         state.watchers.push(view.queue);
+        window.loraTrainSuggestions(page, byId("lora_train_suggestions"), page.fill, fieldValues);
     }
 
     function showTooltips(tooltips) {
@@ -113,7 +114,7 @@
         // The WebUI's: its settings changed, of which the checkpoint is one.
         if (typeof onOptionsChanged === "function") onOptionsChanged(poll);
         root.addEventListener("change", planSoon);
-        button("lora_train_start").addEventListener("click", kick);
+        for (const id of ["lora_train_start", "lora_train_find_rate"]) button(id).addEventListener("click", kick);
         root.addEventListener("click", (event) => {
             const pressed = event.target.closest && event.target.closest("button");
             if (pressed && pressed.id === "lora_train_overwrite_it") kick();
@@ -311,7 +312,7 @@
     function draw(answer) {
         const model = byId("lora_train_model");
         if (model) model.textContent = translated(answer.model ? answer.model.text : "No model is loaded");
-        setDisabled("lora_train_start", answer.running);
+        for (const id of ["lora_train_start", "lora_train_find_rate"]) setDisabled(id, answer.running);
         setDisabled("lora_train_overwrite_it", answer.running);
         ["lora_train_sample", "lora_train_save_now", "lora_train_pause"].forEach(
             (id) => setDisabled(id, !answer.running || answer.stopping !== ""));

@@ -6,7 +6,7 @@ window.loraTrainVerdict = function(page) {
     "use strict";
     const {byId, setText, planSoon, translated, turnTo} = page;
     const {make, icon} = window.loraTrainStudio.parts, TRAIN = 1;
-    const KINDS = {learning: "good", plateau: "fair", "too slow": "fair", overfitting: "fair", words: "fair"};
+    const KINDS = {learning: "good", plateau: "fair", "too slow": "fair", overfitting: "fair", words: "fair", rate: "good"};
     const text = make("span", {}), apply = make("button", {type: "button", class: "lora-train-apply"});
     const mark = make("span", {class: "lora-train-verdict-mark"});
     const element = make("div", {class: "lora-train-verdict", role: "status", hidden: true}, mark, make("div", {}, text, " ", apply));

@@ -25,6 +25,7 @@ from lib_lora_train.errors import LoraTrainError, SettingError, UserError, trans
 from lib_lora_train.events import Report, shielded
 from lib_lora_train.run import RUNS_FOLDER
 from lib_lora_train.settings import AREAS, Settings, declarations, parse, user_path
+from lib_lora_train.studio.commands.advice import add_find_rate, add_suggest
 from lib_lora_train.studio.commands.arguments import add_check, add_prepare, add_tag, add_verify
 from lib_lora_train.studio.commands.queue import add_queue
 from lib_lora_train.studio.commands.results import add_results
@@ -293,8 +294,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_address(ui)
     ui.set_defaults(command=_ui)
 
-    for add in (add_sweep, add_runs, add_compare, add_results, add_settings, add_queue, add_prepare, add_check, add_tag,
-                add_verify):
+    for add in (add_find_rate, add_suggest, add_sweep, add_runs, add_compare, add_results, add_settings, add_queue, add_prepare,
+                add_check, add_tag, add_verify):
         add(commands)
 
     inspect = commands.add_parser("inspect", help="say what a LoRA file is")

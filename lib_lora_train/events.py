@@ -151,13 +151,14 @@ class Sampled:
     file: str
 
 
-Finding = Literal["learning", "too slow", "plateau", "no effect", "diverging", "overfitting", "ruined", "words"]
+Finding = Literal["learning", "too slow", "plateau", "no effect", "diverging", "overfitting", "ruined", "words", "rate"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosed:
     """How the training goes, judged after a step: `message` is a sentence with the remedy; `setting` names the one to change to
-    `value`, both "" for none. "words" is a set whose captions, trigger word or pictures are the matter."""
+    `value`, both "" for none. "words" is a set whose captions, trigger word or pictures are the matter, "rate" a learning rate
+    that was found."""
 
     kind: ClassVar[str] = "diagnosed"
     step: int

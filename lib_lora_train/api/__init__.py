@@ -6,6 +6,10 @@
     POST plan               {"settings": {...}} -> what such a run would do
     POST start              {"settings": {...}} -> {"run": id}; with {"resume": id}, that run goes on with what it was
                             set to, but for "settings", which may then be left out
+    POST find-rate          {"settings": {...}} -> {"run": id} of a short run that finds a learning rate for such a run:
+                            what `status` then has under "diagnosed"
+    POST suggest            {"settings", "purpose": "character"|"style"|"object"} -> {"purpose", "formula", "warnings",
+                            "suggestions": [{setting, label, value, now, reason}]}
     POST stop               {"save": true|false} -> {"stopping": whether something was running}
     POST pause              {"paused": true|false} -> {"pausing": whether something was running}
     POST save               {} -> {"saving": whether something was running}: the LoRA is saved between two steps
@@ -39,6 +43,7 @@ from lib_lora_train.errors import SettingError
 from lib_lora_train.host.port import Host
 from lib_lora_train.run import diagnostics
 from lib_lora_train.run.runner import Runner
+from lib_lora_train.run.suggestions import suggestions_for
 from lib_lora_train.studio.requests import validated
 from lib_lora_train.studio.session import studio_for
 
@@ -63,6 +68,10 @@ def install(app: FastAPI, *, runner: Runner, host: Host, token: str, credentials
     add("GET", "settings", lambda _: {"settings": service.settings_list()}, "Every setting")
     add("POST", "plan", lambda r: service.plan(r.named_settings(), host=host, runner=runner), "What a run would do")
     add("POST", "start", lambda r: {"run": _start(r, runner=runner, host=host)}, "Start a run, or go on with one")
+    add("POST", "find-rate", lambda r: {"run": service.find_learning_rate(r.named_settings(), runner=runner, host=host)},
+        "Find a learning rate")
+    add("POST", "suggest", lambda r: suggestions_for(r.named_settings(), r.purpose, host=host),
+        "Settings that suit the pictures")
     add("POST", "stop", lambda r: {"stopping": runner.stop(save=r.save)}, "Stop the run")
     add("POST", "pause", lambda r: {"pausing": runner.pause(r.paused)}, "Stand still between two steps, or go on")
     add("POST", "save", lambda _: {"saving": runner.save_now()}, "Save what the run has learnt so far, and go on")
@@ -104,6 +113,7 @@ class RunRequest(BaseModel):
 
     settings: dict[StrictStr, Any] | None = None
     resume: constr(strict=True, min_length=1) = ""
+    purpose: StrictStr = ""
     save: StrictBool = False
     paused: StrictBool = True
     after: conint(ge=0, lt=10**18) = 0

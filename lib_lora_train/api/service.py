@@ -18,15 +18,15 @@ from lib_lora_train.errors import DatasetError
 from lib_lora_train.host.port import Checkpoint, Host
 from lib_lora_train.memory.device import matrix_rate, seconds_per_step
 from lib_lora_train.memory.plan import MemoryPlan
-from lib_lora_train.model.family import FAMILIES, detect
+from lib_lora_train.model.family import FAMILIES
 from lib_lora_train.results.overview import plain
 from lib_lora_train.results.saves import lora_text
+from lib_lora_train.results.start import find_learning_rate as find_learning_rate
 from lib_lora_train.results.start import folder_of as folder_of
 from lib_lora_train.results.start import resume as resume
 from lib_lora_train.results.start import start as start
 from lib_lora_train.run.diagnostics import bundle
-from lib_lora_train.run.memory import plan_for, planned_layers
-from lib_lora_train.run.on_top import loras_on_top
+from lib_lora_train.run.memory import predicted_memory
 from lib_lora_train.run.output import checked_name
 from lib_lora_train.run.planning import RunPlan, output_folder, plan_dataset
 from lib_lora_train.run.record import past_runs
@@ -35,7 +35,6 @@ from lib_lora_train.run.sweep import SweepRun, blamed, same_plans
 from lib_lora_train.settings import AREAS, Settings, declarations, parse
 from lib_lora_train.settings.allowed_paths import check_allowed
 from lib_lora_train.settings.toml import write_toml
-from lib_lora_train.training.precision import compute_dtype
 
 _MEASURED_FROM = 10  # steps
 
@@ -118,12 +117,7 @@ def _memory_and_seconds(settings: Settings, found: RunPlan, host: Host, *, slowe
     outline, checkpoint = host.outline(), host.checkpoint()
     if outline is None or checkpoint is None:
         return None, None
-    architecture = detect(outline.tensors, outline.hints)
-    stored = next(iter(architecture.family.parts(outline.tensors)[0].values())).dtype
-    dtype = compute_dtype(settings.memory.mixed_precision, outline.device, weights=stored)
-    memory = plan_for(found, tensors=outline.tensors, architecture=architecture, device=outline.device, dtype=dtype,
-                      layers=planned_layers(settings, outline.tensors, architecture), should_stop=should_stop,
-                      on_top=loras_on_top(settings, host, family=architecture.family.name))
+    memory, dtype = predicted_memory(found, host, outline, should_stop=should_stop)
     rate = matrix_rate(outline.device, dtype, idle=host.idle)
     if rate is None:
         return memory, None

@@ -16,6 +16,7 @@ from lib_lora_train.run.diagnostics import Private
 from lib_lora_train.run.planning import plan_job
 from lib_lora_train.run.queue import RunQueue
 from lib_lora_train.run.queue_file import Entry
+from lib_lora_train.run.rate_finder import find_rate, plan_finder
 from lib_lora_train.run.resume import compare_settings, find, run_folder, settings_of
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.run.sweep import record_sweep
@@ -39,6 +40,16 @@ def start(values: Mapping[str, object], *, runner: Runner, host: Host, folder: P
         compare_settings(plan.settings, plan.resume_point, steps=plan.schedule.steps)
     plan = dataclasses.replace(plan, checkpoint=checkpoint)
     return runner.start(plan, host, requested=settings, folder=folder, recorded=functools.partial(conclude, host=host))
+
+
+def find_learning_rate(values: Mapping[str, object], *, runner: Runner, host: Host) -> str:
+    """Start a short run that finds a learning rate for such a run (`run/rate_finder.py`), and return its id. The rate is told
+    as a `Diagnosed`. Raises as `start` does, and SettingError where the optimizer needs none."""
+    settings = parse(values)
+    if runner.running():
+        raise HostError("A training is running already", remedy="wait for it or stop it first")
+    return runner.start(plan_finder(settings, host), host, requested=settings,
+                        job=functools.partial(find_rate, requested=settings))
 
 
 def conclude(folder: Path, *, host: Host) -> None:

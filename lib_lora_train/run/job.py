@@ -215,7 +215,7 @@ def _saver(plan: RunPlan, leased: LeasedModel, model: FrozenModel, network: Adap
            folder: Path | None, dtype: torch.dtype, memory: MemoryPlan, group: ProcessGroup,
            report: Report, wanted: Callable[[], bool]) -> Saver | NoSaver:
     """What writes the run's files, in the process that does."""
-    if group.rank:
+    if group.rank or not plan.saves:
         return NoSaver()
     started_at = plan.resume_point.started_at if plan.resume_point else time.time()
     return Saver(plan, Provenance(plan, model, leased, network, started_at=started_at),

@@ -25,7 +25,7 @@ from lib_lora_train.dataset.progress import ShouldStop
 from lib_lora_train.errors import translated
 from lib_lora_train.events import Report
 from lib_lora_train.host import placement
-from lib_lora_train.host.port import LeasedModel
+from lib_lora_train.host.port import Host, LeasedModel, Outline
 from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.text import encoding_bytes
 from lib_lora_train.inputs.vae_batches import EncodingBudget, decoding_bytes, free_bytes
@@ -34,17 +34,19 @@ from lib_lora_train.memory.estimate import Layer, Workload
 from lib_lora_train.memory.plan import CONTEXT, GIGABYTE, WORKSPACES, MemoryPlan, plan_memory, size_of
 from lib_lora_train.memory.step_config import BaseDtype, Part, StepConfig
 from lib_lora_train.model.architecture import UNET_COMPONENT, Architecture
+from lib_lora_train.model.family import detect
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.ops.quantised import quantised
 from lib_lora_train.model.sd.text import CHUNK
 from lib_lora_train.run.callbacks import Pause, Stop
 from lib_lora_train.run.inputs import Text, condition_of
-from lib_lora_train.run.on_top import merged_bytes
+from lib_lora_train.run.on_top import loras_on_top, merged_bytes
 from lib_lora_train.run.optimizing import kept_bytes
 from lib_lora_train.run.planning import RunPlan
 from lib_lora_train.run.resume import quantized_dtype
 from lib_lora_train.run.selection import dropout_rates, select, targets_of_file
 from lib_lora_train.settings import Settings
+from lib_lora_train.training.precision import compute_dtype
 
 
 def memory_plan(plan: RunPlan, model: FrozenModel, leased: LeasedModel, network: AdapterNetwork, *,
@@ -84,6 +86,17 @@ def plan_for(plan: RunPlan, *, tensors: Mapping[str, Tensor], architecture: Arch
                        parts_on_cpu=parts_not_needed(settings, device, examples=plan.dataset.examples),
                        resumed_base_dtype=resumed_base_dtype, references=again + compared, repeats=1 + again,
                        should_stop=should_stop)
+
+
+def predicted_memory(plan: RunPlan, host: Host, outline: Outline, *,
+                     should_stop: ShouldStop | None = None) -> tuple[MemoryPlan, torch.dtype]:
+    """The memory plan of a run on what the host holds now, from its shapes, and the dtype to compute in. Raises Interrupted."""
+    architecture, settings = detect(outline.tensors, outline.hints), plan.settings
+    stored = next(iter(architecture.family.parts(outline.tensors)[0].values())).dtype
+    dtype = compute_dtype(settings.memory.mixed_precision, outline.device, weights=stored)
+    return plan_for(plan, tensors=outline.tensors, architecture=architecture, device=outline.device, dtype=dtype,
+                    layers=planned_layers(settings, outline.tensors, architecture), should_stop=should_stop,
+                    on_top=loras_on_top(settings, host, family=architecture.family.name)), dtype
 
 
 def chunks_in_longest(captions: Iterable[str]) -> int:

@@ -58,6 +58,7 @@ class RunPlan:
     held_out        images to measure on, which are not trained unless `held_out_derived` (see `held_out.Split`)
     masks           {image: its mask} of those that are not learnt whole, `white_share` what that leaves of them, about
     checkpoint      the title of the only model that it may train on, "" for whatever is loaded
+    saves           whether it writes a LoRA
     """
 
     settings: Settings
@@ -77,6 +78,7 @@ class RunPlan:
     white_share: float = 1.0
     prompts: tuple[SamplePrompt, ...] = ()
     checkpoint: str = ""
+    saves: bool = True
 
     @property
     def resolution(self) -> tuple[int, int]:

@@ -140,11 +140,11 @@ class Runner:
         self._guards.append(check)
 
     def start(self, plan: RunPlan, host: Host, *, requested: Settings | None = None, folder: Path | None = None,
-              recorded: Callable[[Path], None] | None = None) -> str:
+              recorded: Callable[[Path], None] | None = None, job: Callable[..., events.Finished] | None = None) -> str:
         """Start a job and return its run's id: that of the run it resumes, if that one is in the host's folder of runs.
 
         `requested` are the settings as the user chose them; None: those of the plan. `folder` is a new run's; None makes one.
-        `recorded` is called with the run's folder once all is written there.
+        `recorded` is called with the run's folder once all is written there. `job` is called as `run_job` is, and in its place.
         Raises HostError while another is running or a guard objects, OutputError for a bad name.
         """
         settings = plan.settings
@@ -158,7 +158,7 @@ class Runner:
             folder = old or folder or new_folder(host.runs_folder, settings.save.output_name)
             record = RunRecord(folder, settings)
             run = _Run(settings.save.output_name, requested or settings, record)
-            job = functools.partial(run_job, plan, host, report=functools.partial(self._report, run, host),
+            job = functools.partial(job or run_job, plan, host, report=functools.partial(self._report, run, host),
                                     stop=functools.partial(self._stop_wanted, host), folder=folder,
                                     sample_now=functools.partial(_requested, self._samples_wanted),
                                     save_now=functools.partial(_requested, self._save_wanted), paused=self._paused.is_set)

@@ -190,7 +190,7 @@ class Saver:
 
 
 class NoSaver:
-    """In place of `Saver` in the processes of rank 1 and above, which save nothing."""
+    """In place of `Saver` where nothing is saved: in the processes of rank 1 and above, and in a run without a result."""
 
     saved: tuple[str, ...] = ()
 
@@ -199,10 +199,10 @@ class NoSaver:
         return True
 
     def after_step(self, progress: Progress) -> None:
-        """Rank 0 saves."""
+        """Nothing is saved."""
 
     def save_result(self, progress: Progress, *, complete: bool) -> str:
-        """Rank 0 saves it: "" here."""
+        """Nothing is saved: ""."""
         return ""
 
     def rescue(self) -> contextlib.AbstractContextManager[None]:

@@ -91,6 +91,20 @@ class Handlers:
             return _problem(Failure.of(error, name="Starting").message, values=chosen), gr.update(visible=False)
         return "", gr.update(visible=False)
 
+    def find_rate(self, token: str, page: Latest, *values: object) -> Any:
+        """A refusal as HTML or nothing, of a short run that finds a learning rate for these settings."""
+        if not self._ours(token):
+            return _problem(OUTDATED)
+        page.ask()  # as in `start`
+        chosen = self._by_name(values)
+        try:
+            service.find_learning_rate(chosen, runner=self.runner, host=self.host)
+        except LoraTrainError as error:
+            return _problem(str(error), values=chosen)
+        except Exception as error:  # noqa: BLE001 - as in `_summary`
+            return _problem(Failure.of(error, name="Starting").message, values=chosen)
+        return ""
+
     def start_overwriting(self, token: str, page: Latest, answer: str, *values: object) -> tuple[Any, Any]:
         """As `start`, replacing a LoRA of the name, this once: the one that `answer`, the refusal, spoke of."""
         chosen = self._by_name(values)

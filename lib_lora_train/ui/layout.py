@@ -57,7 +57,7 @@ def build_tab(*, runner: Runner, host: Host, token: str) -> gr.Blocks:
                 with gr.Column(scale=1, min_width=320, elem_id="lora_train_settings"):
                     preset, about_preset, curve, folders = _settings_column(fields, first)
                 with gr.Column(scale=1, min_width=320, elem_id="lora_train_run"):
-                    summary, start, answer, overwrite = _run_column()
+                    summary, start, find_rate, answer, overwrite = _run_column()
             with gr.Tab("3 Results", elem_id="lora_train_page_results"):
                 gr.HTML('<div id="lora_train_results"></div>')
         with gr.Row(elem_classes=[_HIDDEN]):
@@ -89,6 +89,7 @@ def build_tab(*, runner: Runner, host: Host, token: str) -> gr.Blocks:
                 # Typed fields tell the script that they changed; a drop-down does not.
                 fields[name].input(**planning)
         start.click(handlers.start, inputs=[key, page, *inputs], outputs=[answer, overwrite], **quiet).then(**planning)
+        find_rate.click(handlers.find_rate, inputs=[key, page, *inputs], outputs=[answer], **quiet).then(**planning)
         overwrite.click(handlers.start_overwriting, inputs=[key, page, answer, *inputs], outputs=[answer, overwrite],
                         **quiet).then(**planning)
     return tab
@@ -149,7 +150,7 @@ def _folded_rows(folded: Iterable[Declaration], fields: dict[str, Any], first: M
                     fields[declaration.name] = field(declaration, first[declaration.name])
 
 
-def _run_column() -> tuple[Any, Any, Any, Any]:
+def _run_column() -> tuple[Any, Any, Any, Any, Any]:
     """The summary, the buttons, and the elements that the script draws into, with the result's buttons between them."""
     summary = gr.HTML("", elem_id="lora_train_summary")
     with gr.Row(elem_id="lora_train_buttons"):
@@ -160,6 +161,11 @@ def _run_column() -> tuple[Any, Any, Any, Any]:
         unsaved(gr.Button("Pause", elem_id="lora_train_pause", min_width=62, scale=1, interactive=False))
         unsaved(gr.Button("Stop and save", elem_id="lora_train_stop_save", min_width=134, scale=2, interactive=False))
         unsaved(gr.Button("Stop", elem_id="lora_train_stop", min_width=50, scale=1, interactive=False))
+    with gr.Row(elem_id="lora_train_before"):
+        # What it suggests is drawn by the script.
+        unsaved(gr.Button("Suggest settings", elem_id="lora_train_suggest", size="sm", min_width=120))
+        find_rate = unsaved(gr.Button("Find learning rate", elem_id="lora_train_find_rate", size="sm", min_width=130))
+    gr.HTML('<div id="lora_train_suggestions"></div>')
     answer = gr.HTML("", elem_id="lora_train_answer")
     overwrite = unsaved(gr.Button("Overwrite it", elem_id="lora_train_overwrite_it", visible=False))
     gr.HTML('<div id="lora_train_live"></div>')
@@ -171,7 +177,7 @@ def _run_column() -> tuple[Any, Any, Any, Any]:
     gr.HTML('<div id="lora_train_queue"></div>')
     with gr.Row(elem_id="lora_train_help"):
         unsaved(gr.Button("Report a problem", elem_id="lora_train_report", size="sm", min_width=120))
-    return summary, start, answer, overwrite
+    return summary, start, find_rate, answer, overwrite
 
 
 def _page_data() -> str:
@@ -179,6 +185,9 @@ def _page_data() -> str:
     tooltips = {element_id(d.name): d.help for d in DECLARATIONS.values()}
     tooltips |= {
         "lora_train_start": "Start the training (Ctrl+Enter).",
+        "lora_train_suggest": "Look at the pictures and captions, and propose settings with the reason for each.",
+        "lora_train_find_rate": "Train a hundred steps with Prodigy, which finds a learning rate for these pictures and "
+                                "settings. Nothing is saved.",
         "lora_train_sample": "Paint pictures with what was learnt so far, after the step under way.",
         "lora_train_list_folders": "Write a text for Folder settings with every folder of pictures in the dataset folder, to "
                                    "be changed.",

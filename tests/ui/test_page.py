@@ -349,6 +349,23 @@ def test_the_webuis_cards_are_not_refreshed_while_no_model_is_loaded(served: Ser
     page.wait_for_function("window.refreshed === 1")
 
 
+def test_settings_are_suggested_for_a_purpose_and_put_into_the_fields(served: Served):
+    served.open()
+    served.fill()
+    listed = served.page.locator("#lora_train_suggestions li")
+    served.part("suggest").click()
+    served.page.locator("#lora_train_suggestions").get_by_role("button", name="Style").click()
+    expect(listed.filter(has_text=re.compile("^Flip"))).to_contain_text("A style is the same in a mirror")
+    alpha = listed.filter(has_text=re.compile("^Alpha"))
+    alpha.get_by_role("button", name="Apply").click()
+    expect(alpha.get_by_role("button")).to_have_count(0)
+    expect(served.box("network_alpha")).to_have_value("4")  # three pictures
+    served.page.locator("#lora_train_suggestions").get_by_role("button", name="Apply all").click()
+    expect(served.box("network_dim")).to_have_value("8")
+    expect(served.page.locator("#lora_train_flip_aug input")).to_be_checked()
+    expect(served.page.locator("#lora_train_suggestions").get_by_role("button", name="Apply")).to_have_count(0)
+
+
 def test_the_preset_in_force_survives_a_reload_and_picking_it_applies_it(served: Served):
     shown = served.page.locator("#lora_train_preset input")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
@@ -14,6 +15,8 @@ from PIL import Image
 from lib_lora_train import events
 from lib_lora_train.api import results, service
 from lib_lora_train.host.standalone import StandaloneHost
+from lib_lora_train.results import start
+from lib_lora_train.run import rate_finder
 from lib_lora_train.studio.importing.owned import OwnedDataset
 from tests.browser import ServedPage, expect, needs_browser, opened_page
 from tests.fake_host import images
@@ -205,6 +208,24 @@ def test_a_verdict_is_applied_after_the_fields_are_filled_however_late_that_is(s
     expect(rate).to_have_value("0.00123")
     assert rate.get_attribute("step") == "0.00001"
     shown.page.unroute("**/run/predict")
+
+
+def test_a_learning_rate_is_found_and_applied_with_one_press(shown: ResultsPage, monkeypatch):
+    pytest.importorskip("prodigyopt")
+    monkeypatch.setattr(start, "plan_finder", functools.partial(rate_finder.plan_finder, steps=20))
+    shown.open(2)
+    expect(shown.page.locator("#lora_train_restored textarea, #lora_train_restored input")).to_have_value("restored")
+    for name, value in (("output_name", "zzk"), ("train_data_dir", str(shown.folder / "data")), ("resolution", "64")):
+        box = shown.page.locator(f"#lora_train_{name} input, #lora_train_{name} textarea").first
+        box.fill(value)
+        box.blur()
+    shown.part("find_rate").click()
+    verdict = shown.part("live").locator(".lora-train-verdict")
+    expect(verdict).to_contain_text(re.compile("A learning rate of [0-9.e-]+ suits"))
+    value = re.search(r"of ([0-9.e-]+) suits", verdict.inner_text())[1]
+    verdict.get_by_role("button", name="Apply").click()
+    assert float(shown.page.locator("#lora_train_learning_rate input").first.input_value()) == float(value)
+    assert not list(shown.host.lora_folder.glob("*learning-rate*"))
 
 
 def test_on_a_phone_the_results_are_no_wider_than_the_screen(shown: ResultsPage):

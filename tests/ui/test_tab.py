@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from lib_lora_train.errors import counted
+from lib_lora_train.results import start
 from lib_lora_train.run import runner as runner_module
 from lib_lora_train.run.presets import save_preset
 from lib_lora_train.run.runner import Runner
@@ -334,11 +335,11 @@ def test_nothing_is_read_or_started_for_who_does_not_know_the_pages_token(handle
                                                                           monkeypatch: pytest.MonkeyPatch):
     # gradio answers any request that names a function by its number, also one that a foreign page made the browser send.
     chosen = values(output_name="zzk", train_data_dir=str(images(tmp_path / "pictures")))
-    for name in ("plan_dataset", "plan_job"):
-        monkeypatch.setattr(handlers_module.service, name, lambda *_, **__: pytest.fail("a folder was read"))
+    for module, name in ((handlers_module.service, "plan_dataset"), (start, "plan_job"), (start, "plan_finder")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a folder was read"))
     for token in ("", "guess", None, TOKEN[:-1], [TOKEN], "\ud800"):
         answers = (handlers.plan(token, Latest(), "", NO_PRESET, *chosen)[0], handlers.start(token, Latest(), *chosen)[0],
-                   handlers.start_overwriting(token, Latest(), "", *chosen)[0])
+                   handlers.start_overwriting(token, Latest(), "", *chosen)[0], handlers.find_rate(token, Latest(), *chosen))
         assert all("reload the page" in answer for answer in answers)
     assert handlers.runner.status() is None
 
