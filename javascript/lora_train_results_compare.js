@@ -4,7 +4,7 @@
 (function(results) {
     "use strict";
     const TRAIN = 1, GAIN = "held_out_gain", LOSS = "held_out_loss";
-    const width = 640, height = 240, PAD = {left: 44, right: 10, top: 8, bottom: 20};
+    const WIDEST = 760, HEIGHT = 240, PAD = {left: 44, right: 14, top: 8, bottom: 20};
 
     const colour = (number) => `hsl(${Math.round(210 + number * 137.5) % 360} 65% 50%)`;
     const address = (run, file, small) => `results/file?run=${encodeURIComponent(run)}&name=${encodeURIComponent(file)}` + (small ? "&small=1" : "");
@@ -44,18 +44,25 @@
         const {make, button, count, translated} = window.loraTrainStudio.parts;
         const element = make("section", {class: "ltr-section ltr-compare", id: "lora_train_comparison", hidden: true});
 
-        /** What tells a row from the others. */
-        function label(found, row) {
-            const told = found.settings.map((name) => `${name} ${row.settings[name]}`).join(" · ");
-            return told || row.runs[0].name;
+        /** What the names of a row's runs have in common, without the seed. */
+        function named({runs}) {
+            const shared = runs.map((run) => run.name).reduce((one, other) => {
+                let length = 0;
+                while (length < one.length && one[length] === other[length]) length += 1;
+                return one.slice(0, length);
+            });
+            return (runs.length > 1 && shared.replace(/[-_ ]*(seed)?[-_ ]*$/, "")) || runs[0].name;
         }
+
+        /** What tells a row from the others. */
+        const label = (found, row) => found.settings.map((name) => `${name} ${row.settings[name]}`).join(" · ") || named(row);
 
         function cells(found, row, number) {
             const verdicts = [...new Set(row.runs.map(results.findingWords))].filter(Boolean).join(", ");
             const noise = {none: translated("no difference beyond the spread of seeds"), "not known": translated("the spread is not known")};
             return [
                 make("th", {scope: "row", title: row.runs.map((run) => run.run).join("\n")}, make("i", {class: "ltr-key", style: "background: " + colour(number)}),
-                    make("span", {translate: "no", text: row.runs[0].name}), row.best && make("b", {text: " ★ " + translated("best")}),
+                    make("span", {translate: "no", text: named(row)}), row.best && make("b", {text: " ★ " + translated("best")}),
                     make("small", {text: row.runs.length > 1 ? translated`seeds ${row.runs.map((run) => run.seed).join(", ")}` : ""}),
                     noise[row.difference] && make("small", {text: noise[row.difference]})),
                 ...found.settings.map((name) => make("td", {translate: "no", text: String(row.settings[name])})),
@@ -89,6 +96,7 @@
         function chart(found) {
             const {shape, ticks} = window.loraTrainChart, curves = found.curves.filter((curve) => curve.points.length > 1);
             if (!curves.length) return null;
+            const width = Math.min(WIDEST, element.clientWidth || WIDEST), height = HEIGHT;
             const all = curves.flatMap((curve) => curve.points), last = Math.max(...all.map((point) => point[0]));
             const values = all.map((point) => point[1]), low = Math.min(0, ...values), high = Math.max(2, ...values);
             const x = (step) => PAD.left + step / Math.max(1, last) * (width - PAD.left - PAD.right);
