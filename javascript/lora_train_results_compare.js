@@ -13,8 +13,8 @@
     results.findingWords = (run) => {
         const {translated} = window.loraTrainStudio.parts;
         const words = {
-            learning: translated("it learns"), "too slow": translated("too slow"), plateau: translated("learns no more"),
-            "no effect": translated("no effect"), diverging: translated("diverges"), overfitting: translated("overfitted"),
+            learning: translated("it learns"), "too slow": translated("learns too slowly"), plateau: translated("learns no more"),
+            "no effect": translated("has no effect"), diverging: translated("diverges"), overfitting: translated("overfitted"),
             ruined: translated("ruined"), words: translated("see its captions"), stopped: translated("stopped"),
             failed: translated("failed"), interrupted: translated("interrupted"), running: translated("running"),
         };
