@@ -55,7 +55,7 @@ PLACES = (
     Place("after the optimiser", f"{P}.training.optimizers:RunOptimizer.step", "after", 3, learnt=True),
     Place("in a report of a step", f"{P}.training.progress:Step", "before", 2, learnt=True),
     Place("before an intermediate save", f"{P}.adapters.file:save", learnt=True, harmless=True),
-    Place("in the rename of an intermediate save", f"{P}.storage.atomic:replace", "before", 2, learnt=True, harmless=True),
+    Place("in the rename of an intermediate save", f"{P}.storage.atomic:replace", "before", 3, learnt=True, harmless=True),
     Place("in writing the resume point", f"{P}.training.checkpoint:write", learnt=True, harmless=True),
     Place("before saving the result", f"{P}.adapters.file:save", "before", 2, learnt=True),
     Place("after saving the result", f"{P}.adapters.file:save", "after", 2, learnt=True),
