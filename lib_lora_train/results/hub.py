@@ -19,7 +19,11 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 def check_push(repository: str, license_name: str) -> None:
     """Raise SettingError for what is no repository or no license of the hub, HostError where this machine has no login."""
-    from huggingface_hub import get_token
+    try:
+        from huggingface_hub import get_token
+    except ImportError as error:
+        raise HostError("The Hugging Face hub needs the Python package huggingface_hub", why=str(error),
+                        remedy="install it with: pip install huggingface_hub") from error
 
     if not _REPOSITORY.fullmatch(repository) or ".." in repository or "--" in repository:
         raise SettingError(f"{repository!r} is no repository of the hub", remedy="write it as user/name")

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from lib_lora_train.settings import DECLARATIONS, Value
 
-_PRIVATE = frozenset({"training_comment", "resume", "output_name", "wandb_run_name", "log_tracker_name", "log_prefix"})
+_PRIVATE = frozenset({"training_comment", "resume", "output_name", "log_with", "wandb_run_name", "log_tracker_name",
+                      "log_prefix"})
 
 
 def shareable(values: Mapping[str, object], *, changed: bool = False) -> dict[str, Value]:

@@ -234,3 +234,20 @@ def test_on_a_phone_the_results_are_no_wider_than_the_screen(shown: ResultsPage)
     expect(shown.saves().first).to_be_visible()
     assert shown.page.evaluate("document.documentElement.scrollWidth") <= 390
     shown.page.set_viewport_size({"width": 1280, "height": 900})
+
+
+def test_a_save_is_exported_for_others_and_what_cannot_be_pushed_says_why(shown: ResultsPage):
+    page = shown.page
+    shown.open()
+    shown.saves().last.get_by_role("button", name="Share").click()
+    expect(shown.part("share_name")).to_be_focused()
+    shown.part("share_name").fill("for others")
+    shown.part("export").click()
+    expect(page.locator(".ltr-notice")).to_contain_text("Ready to upload")
+    made, = shown.host.runs_folder.glob("*/export/for others")
+    assert {"for others.safetensors", "description.txt"} <= {path.name for path in made.iterdir()}
+    shown.part("repository").fill("no such/name/x")
+    shown.part("push").click()
+    expect(page.locator(".ltr-notice")).to_contain_text("is no repository of the hub")
+    shown.part("share_close").click()
+    expect(shown.part("share")).to_be_hidden()
