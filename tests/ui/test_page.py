@@ -19,6 +19,16 @@ from tests.fake_host import FakeJob, images, interrupted_run
 
 pytestmark = needs_browser
 PATIENCE_MS = 90_000
+NOTIFICATIONS = """
+    window.shown = [];
+    window.Notification = class {
+        static permission = "default";
+        static async requestPermission() { return Notification.permission = window.answer || "denied"; }
+        constructor(title, options) { window.shown.push(title + " | " + options.body); }
+    };
+    Object.defineProperty(document, "hidden", {get: () => Boolean(window.away)});
+"""
+"""Keeps what is shown in window.shown; leave is given once window.answer is "granted", and window.away hides the page."""
 
 
 class Served(ServedPage):
@@ -120,7 +130,9 @@ def test_runs_wait_in_the_queue_are_changed_and_ordered_and_train_one_after_anot
         served: Served, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(queue_module, "_POLL_SECONDS", 0.05)
     entries = served.page.locator("#lora_train_queue li")
+    served.page.add_init_script(f"{NOTIFICATIONS}; window.answer = 'granted'")
     served.open()
+    served.part("notify").check()
     try:
         for name in ("one", "two", "three"):
             served.fill(name=name)
@@ -151,6 +163,9 @@ def test_runs_wait_in_the_queue_are_changed_and_ordered_and_train_one_after_anot
         entries.nth(1).get_by_text("Start anew").click()
         served.job.advance(100)
         expect(entries.nth(1)).to_contain_text("done")
+        told = served.page.evaluate("window.shown")
+        assert {"The queue has ended | 2 done, 1 not", "The queue has ended | 3 done, 0 not"} <= set(told)
+        assert {text.partition(" |")[0] for text in told} >= {"one: done", "three: stopped", "second: done"}
         served.part("queue").get_by_text("Clear ended").click()
         expect(entries).to_have_count(0)
     finally:
@@ -435,15 +450,7 @@ def test_a_dropped_file_fills_the_fields_and_is_told_and_a_preset_of_ones_own_is
 
 def test_a_notice_of_the_end_comes_also_in_the_background_and_a_browser_that_refuses_says_so(served: Served):
     page = served.page
-    page.add_init_script("""
-        window.shown = [];
-        window.Notification = class {
-            static permission = "default";
-            static async requestPermission() { return Notification.permission = window.answer || "denied"; }
-            constructor(title, options) { window.shown.push(title + " | " + options.body); }
-        };
-        Object.defineProperty(document, "hidden", {get: () => Boolean(window.away)});
-    """)
+    page.add_init_script(NOTIFICATIONS)
     served.open()
     box = page.locator("#lora_train_notify")
     box.click()
