@@ -20,6 +20,8 @@ from lib_lora_train.settings.importing import import_file
 from tests.jobs import run_settings
 from tests.run.test_job import of, run, settings
 
+PATIENCE = 240.0  # seconds, of a machine that does much else
+
 
 class Recorder:
     """A tracker that keeps what it is told, and may raise or hang."""
@@ -54,7 +56,7 @@ def trained(images: Path, host, tracker: type, monkeypatch, **changes: object):
     """The file's tensors as bytes, and the events, of a run that `tracker` follows, which is there as tensorboard."""
     monkeypatch.setattr(tracking_module, "_KINDS", {"tensorboard": tracker})
     monkeypatch.setattr("lib_lora_train.run.planning.check_trackers", lambda settings: None)
-    monkeypatch.setattr(tracking_module, "_CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(tracking_module, "_CLOSE_SECONDS", 0.2 if tracker is Hanging else PATIENCE)
     finished, seen = run(settings(images, log_with="tensorboard", overwrite=True, **changes), host)
     return weights(finished.path), seen
 
@@ -127,19 +129,20 @@ def test_a_key_in_a_file_of_kohyas_is_not_taken_and_not_shown(tmp_path):
     assert parse(kohya.adopt({"use_wandb": True}).values).tracking.chosen == ("wandb",)
 
 
-def followed(images: Path, host, folder: Path, **changes: object) -> events.Finished:
+def followed(images: Path, host, folder: Path, monkeypatch, **changes: object) -> events.Finished:
     """A run with samples and measurements, in a folder."""
+    monkeypatch.setattr(tracking_module, "_CLOSE_SECONDS", PATIENCE)
     (folder / "samples").mkdir(parents=True)
     return run_settings(settings(images, validation=True, sample_images=True, sample_prompts="zzk cat --w 64 --h 64 --s 1",
                                  train_batch_size=1, training_comment="nobody else's", **changes),
                         host, report=lambda event: None, stop=lambda: "", folder=folder)
 
 
-def test_tensorboard_reads_back_the_curves_the_samples_the_settings_and_the_verdict(images, host, tmp_path):
+def test_tensorboard_reads_back_the_curves_the_samples_the_settings_and_the_verdict(images, host, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    finished = followed(images, host, tmp_path / "run", log_with="tensorboard")
+    finished = followed(images, host, tmp_path / "run", monkeypatch, log_with="tensorboard")
     files = EventAccumulator(str(tmp_path / "run" / "logs"), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
     files.Reload()
     tags = files.Tags()
@@ -161,7 +164,8 @@ def test_weights_and_biases_reads_back_the_same_and_leaves_python_as_it_was(imag
     monkeypatch.setenv("WANDB_MODE", "offline")
     random.seed(7)
     before = sys.exit, sys.excepthook, random.getstate()
-    finished = followed(images, host, tmp_path / "run", log_with="wandb", wandb_run_name="one", log_tracker_name="cats")
+    finished = followed(images, host, tmp_path / "run", monkeypatch, log_with="wandb", wandb_run_name="one",
+                        log_tracker_name="cats")
     assert before == (sys.exit, sys.excepthook, random.getstate())
     file, = (tmp_path / "run" / "logs" / "wandb").glob("offline-run-*/*.wandb")
     store, history, told, names = DataStore(), [], b"", []
