@@ -17,6 +17,8 @@ from tools.bench.variants import VARIANTS, variants_of
 if TYPE_CHECKING:
     import torch
 
+    from lib_lora_train.host.standalone import StandaloneHost
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 bad input (one sentence on stderr)."""
@@ -35,9 +37,11 @@ def _parser() -> argparse.ArgumentParser:
     bench = argparse.ArgumentParser(prog="python tools/bench",
                                     description="Measure quality, speed and memory of the training.")
     commands = bench.add_subparsers(
-        required=True, metavar="quality | recommend | background | speed | memory | cache | startup | model | studio | verdict")
+        required=True, metavar="quality | recommend | rates | suggestions | background | speed | memory | cache "
+                                                    "| startup | model | studio | verdict")
     _add_quality(commands)
     _add_recommend(commands)
+    _add_rates(commands)
     background = _add(commands, "background", run_background, "measure how much of its pictures' background a LoRA takes "
                       "along, with masked loss and with what preserves the model", out="table, figures, LoRAs and sheets")
     background.add_argument("--case", action="append", default=[], metavar="NAME", help="whole, masked (these by default), "
@@ -123,6 +127,17 @@ def _add_recommend(commands: argparse._SubParsersAction) -> None:
     recommend.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
 
 
+def _add_rates(commands: argparse._SubParsersAction) -> None:
+    for name, command, about in (("rates", run_rates, "compare the rate finder's proposal with a sweep over learning rates"),
+                                 ("suggestions", run_suggestions, "compare the settings that are suggested with the default")):
+        parser = _add(commands, name, command, about, out="table and figures; what is there already is not made again")
+        parser.add_argument("--case", action="append", choices=("style", "subject"), default=[], help="by default both")
+        parser.add_argument("--seeds", default="42,43,44", metavar="N,N,…", help="a run for each (42,43,44)")
+        parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of all runs; may be "
+                            "repeated")
+        parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
+
+
 def _add_speed(commands: argparse._SubParsersAction) -> None:
     speed = _add(commands, "speed", run_speed, "measure seconds a training step, beside the step's roofline and beside another "
                  "trainer", out="table and figures",
@@ -177,18 +192,42 @@ def run_quality(chosen: argparse.Namespace) -> int:
 
 def run_recommend(chosen: argparse.Namespace) -> int:
     """`bench recommend`; returns the exit code."""
+    from tools.bench import recommend
+
+    plan = recommend.RecommendPlan(
+        chosen.out, cases=tuple(chosen.case) or tuple(recommend.DATA), seeds=_numbers("--seeds", chosen.seeds),
+        steps=chosen.steps, every=chosen.every, changes=dict(assignment(text) for text in chosen.set))
+    return _done(recommend.run_recommend(plan, _demo_host(chosen), say=_say), chosen)
+
+
+def run_rates(chosen: argparse.Namespace) -> int:
+    """`bench rates`; returns the exit code."""
+    from tools.bench import rates
+
+    plan = rates.RatesPlan(chosen.out, cases=tuple(chosen.case) or tuple(rates.DATA), seeds=_numbers("--seeds", chosen.seeds),
+                           changes=dict(assignment(text) for text in chosen.set))
+    return _done(rates.run_rates(plan, _demo_host(chosen), say=_say), chosen)
+
+
+def run_suggestions(chosen: argparse.Namespace) -> int:
+    """`bench suggestions`; returns the exit code."""
+    from tools.bench import suggestions
+
+    plan = suggestions.SuggestionsPlan(
+        chosen.out, cases=tuple(chosen.case) or tuple(suggestions.DATA), seeds=_numbers("--seeds", chosen.seeds),
+        changes=dict(assignment(text) for text in chosen.set))
+    return _done(suggestions.run_suggestions(plan, _demo_host(chosen), say=_say), chosen)
+
+
+def _demo_host(chosen: argparse.Namespace) -> StandaloneHost:
+    """The demo's model, with LoRAs and runs in the output folder."""
     import torch
 
     from lib_lora_train.demo.embedded import CHECKPOINT
     from lib_lora_train.host.standalone import StandaloneHost
-    from tools.bench import recommend
 
     torch.set_num_threads(max(1, chosen.threads))
-    plan = recommend.RecommendPlan(
-        chosen.out, cases=tuple(chosen.case) or tuple(recommend.DATA), seeds=_numbers("--seeds", chosen.seeds),
-        steps=chosen.steps, every=chosen.every, changes=dict(assignment(text) for text in chosen.set))
-    host = StandaloneHost(CHECKPOINT, lora_folder=chosen.out / "loras", runs_folder=chosen.out / "runs")
-    return _done(recommend.run_recommend(plan, host, say=_say), chosen)
+    return StandaloneHost(CHECKPOINT, lora_folder=chosen.out / "loras", runs_folder=chosen.out / "runs")
 
 
 def run_background(chosen: argparse.Namespace) -> int:

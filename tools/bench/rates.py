@@ -48,7 +48,7 @@ def run_rates(plan: RatesPlan, host: Host, *, say: Say) -> str:
     """Measure and return the report, which also lies in `plan.output`/rates.md and .json."""
     with translated("making the folder of the results"):
         plan.output.mkdir(parents=True, exist_ok=True)
-    figures = _Figures(plan.output / "figures.json")
+    figures = Figures(plan.output / "figures.json")
     for seed in plan.seeds:
         for case in plan.cases:
             figures.ensure(f"{case} {seed} found", functools.partial(_found, plan, host, case, seed), say)
@@ -59,7 +59,7 @@ def run_rates(plan: RatesPlan, host: Host, *, say: Say) -> str:
     return write_report(plan.output, "rates", text, figures.values)
 
 
-class _Figures:
+class Figures:
     """Numbers by name, kept in a file as they are measured."""
 
     def __init__(self, file: Path) -> None:
@@ -105,13 +105,13 @@ def _found(plan: RatesPlan, host: Host, case: str, seed: int) -> float:
     return float(found[-1].value)
 
 
-def _case_text(plan: RatesPlan, figures: _Figures, case: str) -> str:
+def _case_text(plan: RatesPlan, figures: Figures, case: str) -> str:
     """A row for each rate, with the mean over the seeds and its spread; what was found, and whether it is near the best."""
     rows, means = [], {}
     for rate in plan.rates:
         losses = [figures.values[f"{case} {seed} {rate:g} {plan.steps}"] for seed in plan.seeds]
         means[rate] = statistics.mean(losses)
-        rows.append((f"{rate:g}", *(f"{loss:.3f}" for loss in losses), f"{means[rate]:.3f}", f"{_spread(losses):.3f}"))
+        rows.append((f"{rate:g}", *(f"{loss:.3f}" for loss in losses), f"{means[rate]:.3f}", f"{spread(losses):.3f}"))
     best = min(means, key=means.__getitem__)
     found = [figures.values[f"{case} {seed} found"] for seed in plan.seeds]
     factors = [max(one / best, best / one) for one in found]
@@ -123,5 +123,6 @@ def _case_text(plan: RatesPlan, figures: _Figures, case: str) -> str:
         f"({'all' if max(factors) <= WITHIN else 'not all'} within {WITHIN:g})."])
 
 
-def _spread(values: Sequence[float]) -> float:
+def spread(values: Sequence[float]) -> float:
+    """The standard deviation of a sample; not a number where there is one value."""
     return statistics.stdev(values) if len(values) > 1 else math.nan

@@ -101,7 +101,7 @@ def run_recommend(plan: RecommendPlan, host: Host, *, say: Say) -> str:
     """Measure and return the report, which also lies in `plan.output`/recommend.md and .json."""
     with translated("making the folder of the results"):
         plan.output.mkdir(parents=True, exist_ok=True)
-    yardstick, found = _Yardstick(host, plan, say), []
+    yardstick, found = Yardstick(host, plan, say), []
     for seed in plan.seeds:
         for name in plan.cases:
             found.append(_measure(plan, host, yardstick, name=name, seed=seed, say=say))
@@ -110,7 +110,7 @@ def run_recommend(plan: RecommendPlan, host: Host, *, say: Say) -> str:
     return write_report(plan.output, "recommend", text, {"cases": [dataclasses.asdict(one) for one in found]})
 
 
-def _measure(plan: RecommendPlan, host: Host, yardstick: _Yardstick, *, name: str, seed: int, say: Say) -> CaseFigures:
+def _measure(plan: RecommendPlan, host: Host, yardstick: Yardstick, *, name: str, seed: int, say: Say) -> CaseFigures:
     folder = _trained(plan, host, name=name, seed=seed, say=say)
     by_step = {save.step: save for save in saves_of(folder)}  # the last is also there under its step's name
     saves = list(by_step.values())
@@ -122,7 +122,7 @@ def _measure(plan: RecommendPlan, host: Host, yardstick: _Yardstick, *, name: st
     whole = _mean_resemblance(host, folder)
     measured = read_history(folder).measured
     losses = {event.step: sum(event.held_out) / sum(event.unadapted_held_out) for event in measured if event.held_out}
-    points = yardstick.points(name, seed, saves)
+    points = yardstick.points(name, saves)
     figures = []
     for save in saves:
         column = next(one for one in columns if one.column.save == save.id)
@@ -192,7 +192,7 @@ def _mean_resemblance(host: Host, folder: Path) -> dict[str, float]:
     return {save: sum(values) / len(values) for save, values in found.items()}
 
 
-class _Yardstick:
+class Yardstick:
     """The points of saves, by scorers that are fitted when first asked; what was measured is kept."""
 
     def __init__(self, host: Host, plan: RecommendPlan, say: Say) -> None:
@@ -201,26 +201,27 @@ class _Yardstick:
         self._points: dict[str, float] = json.loads(self._file.read_text()) if self._file.is_file() else {}
         self._fitted: tuple[Sampler, Evaluator] | None = None
 
-    def points(self, name: str, seed: int, saves: Sequence[Save]) -> dict[str, float]:
+    def points(self, name: str, saves: Sequence[Save]) -> dict[str, float]:
         """{save's id: per cent}, and "" for the base model."""
-        found = {}
-        for save in (None, *saves):
-            file_hash = load(save.path).model_hash[:12] if save else ""
-            key = f"{name} {file_hash} {self._plan.sampler_steps} {dataclasses.astuple(self._plan.effort)}"
-            if key not in self._points:
-                self._say(f"  measuring {save.id if save else 'the base model'} by the yardstick")
-                self._points[key] = self._measured(name, save)
-                write_atomic(self._file, json.dumps(self._points, indent=1).encode())
-            found[save.id if save else ""] = self._points[key]
-        return found
+        return {"": self.of(name, None)} | {save.id: self.of(name, save.path) for save in saves}
 
-    def _measured(self, name: str, save: Save | None) -> float:
+    def of(self, name: str, lora: Path | None) -> float:
+        """The points of a LoRA in per cent; of the base model where there is none."""
+        file_hash = load(lora).model_hash[:12] if lora else ""
+        key = f"{name} {file_hash} {self._plan.sampler_steps} {dataclasses.astuple(self._plan.effort)}"
+        if key not in self._points:
+            self._say(f"  measuring {lora.stem if lora else 'the base model'} by the yardstick")
+            self._points[key] = self._measured(name, lora)
+            write_atomic(self._file, json.dumps(self._points, indent=1).encode())
+        return self._points[key]
+
+    def _measured(self, name: str, path: Path | None) -> float:
         if self._fitted is None:
             self._say("Fitting the scorers ...")
             sampler = Sampler(self._host, steps=self._plan.sampler_steps)
             self._fitted = sampler, Evaluator(sampler, real_images.load(), effort=self._plan.effort, kept=self._plan.output)
         sampler, evaluator = self._fitted
-        lora = sampler.lora(save.path, weight=1.0) if save else WITHOUT
+        lora = sampler.lora(path, weight=1.0) if path else WITHOUT
         if name == "style":
             row = evaluator.row("", sampler.sample([f"{TRIGGERS[name]}, {word}" for word in evaluator.words], lora))
             return 100 * row.style * row.word
