@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = argparse.ArgumentParser(prog="python tools/bench",
                                     description="Measure quality, speed and memory of the training.")
     commands = bench.add_subparsers(
-        required=True, metavar="quality | recommend | rates | suggestions | background | speed | memory | cache "
+        required=True, metavar="check | quality | recommend | rates | suggestions | background | speed | memory | cache "
                                                     "| startup | model | studio | verdict")
     _add_quality(commands)
     _add_recommend(commands)
@@ -50,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     background.add_argument("--steps", type=int, default=200, help="of each run (200)")
     background.add_argument("--cfg-scale", type=float, default=2.0, help="of the generated pictures (2)")
     background.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
+    check = _add(commands, "check", run_check, "check on a GPU what has to be seen there before it is on by default: in eight "
+                 "minutes at most", out="check.jsonl, a line for each check, and check.md")
+    _add_model_options(check)
+    check.add_argument("--only", action="append", default=[], metavar="CHECK", help="one of the checks; may be repeated")
+    check.add_argument("--seconds", type=float, default=480.0, help="after which no other check begins (480)")
+    check.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     _add_speed(commands)
     memory = _add(commands, "memory", run_memory, "compare the memory plan's prediction with what is measured here; predict "
                   "for GPUs of several sizes", out="tables and figures")
@@ -287,6 +293,23 @@ def _check_against(chosen: argparse.Namespace) -> None:
                            remedy="--set changes this trainer's settings, --pairs says how often both are run")
     if not chosen.against and (chosen.cpu_time or chosen.pairs != 3):
         raise SettingError(f"--{'cpu-time' if chosen.cpu_time else 'pairs'} has no effect without --against")
+
+
+def run_check(chosen: argparse.Namespace) -> int:
+    """`bench check`; returns the exit code."""
+    from tools.bench import check
+
+    device = device_of(chosen)
+    plan = check.CheckPlan(chosen.out, device, small=_is_small(chosen, device), precision=_precision(chosen, device),
+                           seconds=chosen.seconds, only=tuple(chosen.only))
+    names = check.Checks(plan).by_name
+    if unknown := sorted(set(chosen.only) - names.keys()):
+        raise SettingError(f"There is no check called {unknown[0]}", remedy=f"choose of {'; '.join(names)}")
+    if chosen.in_this_process:
+        return check.check_here(plan, say=_say)
+    own = (sys.executable, str(Path(__file__).parent), "check", "--out", str(chosen.out), "--device", device.type,
+           "--size", "small" if plan.small else "true", "--precision", plan.precision, "--threads", str(chosen.threads))
+    return _done(check.run_check(plan, command=own), chosen)
 
 
 def run_memory(chosen: argparse.Namespace) -> int:
