@@ -90,7 +90,7 @@ class Checks:
         for case, gigabytes in ((self.sdxl, 8), (self.sdxl, 6), (self.sd1, 4), (self.sdxl, 12)):
             self.by_name[f"within {gigabytes} GB, {case.name}"] = functools.partial(self.within, case, gigabytes)
         self.by_name |= {"overflow in a replay": self.overflow, "capture beside another thread": self.beside_another_thread,
-                         "hand-over to a generation": self.hand_over, "five runs in a row": self.five_runs,
+                         "hand-over to a generation": self.generation, "five runs in a row": self.five_runs,
                          f"channels last, {self.sd1.name}": functools.partial(self.channels_last, self.sd1),
                          f"channels last, {self.sdxl.name}": functools.partial(self.channels_last, self.sdxl)}
 
@@ -135,8 +135,8 @@ class Checks:
         """Steps as written and captured: seconds, losses, and what eager steps and captured ones take of the memory."""
         eager, captured = (self._run(case, VARIANTS[name]) for name in ("eager", "graphs"))
         return {"seconds": {"eager": eager.seconds, "graphs": captured.seconds},
-                "times as fast": eager.seconds / captured.seconds, **_losses(eager, captured), "bytes": {"eager": _bytes(eager), "graphs": _bytes(captured)},
-                "notes": list(captured.notes)}
+                "times as fast": eager.seconds / captured.seconds, **_losses(eager, captured),
+                "bytes": {"eager": _bytes(eager), "graphs": _bytes(captured)}, "notes": list(captured.notes)}
 
     def channels_last(self, case: Case) -> Figures:
         """Convolutions' weights in NHWC order and not: seconds and losses."""
@@ -177,12 +177,13 @@ class Checks:
             beside = self._run(self.sd1, VARIANTS["graphs"])
         return {**_losses(alone, beside), "rounds of the other": len(rounds), "notes": list(beside.notes)}
 
-    def hand_over(self) -> Figures:
+    def generation(self) -> Figures:
         """The model released to somebody else after each third of the steps; then it is in another place of the memory."""
         alone = self._run(self.sd1, VARIANTS["graphs"])
-        host = _YieldingHost(self._host(self.sd1))
-        interrupted = self._run(self.sd1, VARIANTS["graphs"], host=host)
-        return {**_losses(alone, interrupted), "handed over": host.leased.handed_over}
+        host = _YieldingHost(self._host(self.sd1), every=2 if self.plan.small else 20)
+        interrupted, found = self._run(self.sd1, VARIANTS["graphs"], host=host), host.leased.yielded
+        losses = _losses(alone, interrupted)
+        return {**losses, "handed over": found, "ok": bool(found) and losses["ok"]}
 
     def five_runs(self) -> Figures:
         """What is free of the GPU after each of five runs: nothing may be left behind."""
@@ -203,15 +204,18 @@ class Checks:
         return self._held[1]
 
     def _run(self, case: Case, settings: Mapping[str, Value], *, steps: int = 0, host: RandomHost | None = None) -> Measured:
-        plan, count = self.plan, max(4, case.batch)
-        data = make_images(plan.output / f"pictures-{case.resolution}-{count}", side=case.resolution, count=count)
+        plan = self.plan
         self._clean()
         shared = shared_settings(case, rank=16, precision=plan.precision)
         if plan.small:
             shared |= {"min_bucket_reso": 64}
         steps = min(steps, plan.steps) or plan.steps
-        return measure_run(host or self._host(case), settings={**shared, **settings}, data=data, steps=steps,
-                           warm_up=plan.warm_up, device=plan.device, stretch=1 if plan.small else max(1, steps // 5))
+        return measure_run(host or self._host(case), settings={**shared, **settings},
+                           data=self._images(case.resolution), steps=steps, warm_up=plan.warm_up, device=plan.device, stretch=1 if plan.small else max(1, steps // 5))
+
+    @functools.cache  # noqa: B019 - one object a process; each call would draw others
+    def _images(self, side: int) -> Path:
+        return make_images(self.plan.output / f"pictures-{side}", side=side, count=4)
 
     def _clean(self) -> None:
         gc.collect()
@@ -239,19 +243,20 @@ class Checks:
 
 @dataclasses.dataclass
 class _YieldingModel(LeasedModel):
-    """Somebody else wants it after every 20th question, and leaves it elsewhere in the memory."""
+    """Somebody else wants it after `every` questions, and leaves it elsewhere in the memory."""
 
-    asked: int = 0
-    handed_over: int = 0
+    every: int = 20
+    questions: int = 0
+    yielded: int = 0
 
     def others_waiting(self) -> bool:
         """See `LeasedModel`."""
-        self.asked += 1
-        return self.asked % 20 == 0
+        self.questions += 1
+        return self.questions % self.every == 0
 
     def yield_model(self, report: events.Report) -> Mapping[str, torch.Tensor]:
         """See `LeasedModel`."""
-        self.handed_over += 1
+        self.yielded += 1
         for tensor in self.tensors.values():
             tensor.data = tensor.data.clone()
         return self.tensors
@@ -262,14 +267,15 @@ class _YieldingHost(RandomHost):
 
     leased: _YieldingModel
 
-    def __init__(self, host: RandomHost) -> None:
+    def __init__(self, host: RandomHost, *, every: int) -> None:
         self.__dict__.update(vars(host))
+        self._every = every
 
     @contextlib.contextmanager
     def lease(self, *, stop: ShouldStop = never) -> Iterator[LeasedModel]:
         """See `Host`."""
         with super().lease(stop=stop) as leased:
-            self.leased = _YieldingModel(leased.tensors, leased.hints, leased.checkpoint, leased.device)
+            self.leased = _YieldingModel(leased.tensors, leased.hints, leased.checkpoint, leased.device, every=self._every)
             yield self.leased
 
 

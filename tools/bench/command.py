@@ -134,9 +134,10 @@ def _add_recommend(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_rates(commands: argparse._SubParsersAction) -> None:
-    for name, command, about in (("rates", run_rates, "compare the rate finder's proposal with a sweep over learning rates"),
-                                 ("suggestions", run_suggestions, "compare the settings that are suggested with the default")):
-        parser = _add(commands, name, command, about, out="table and figures; what is there already is not made again")
+    for name, about in (("rates", "compare the rate finder's proposal with a sweep over learning rates"),
+                        ("suggestions", "compare the settings that are suggested with the default")):
+        parser = _add(commands, name, run_rates, about, out="table and figures; what is there already is not made again")
+        parser.set_defaults(measured=name)
         parser.add_argument("--case", action="append", choices=("style", "subject"), default=[], help="by default both")
         parser.add_argument("--seeds", default="42,43,44", metavar="N,N,…", help="a run for each (42,43,44)")
         parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of all runs; may be "
@@ -207,22 +208,14 @@ def run_recommend(chosen: argparse.Namespace) -> int:
 
 
 def run_rates(chosen: argparse.Namespace) -> int:
-    """`bench rates`; returns the exit code."""
-    from tools.bench import rates
+    """`bench rates` and `bench suggestions`; returns the exit code."""
+    from tools.bench import rates, suggestions
 
-    plan = rates.RatesPlan(chosen.out, cases=tuple(chosen.case) or tuple(rates.DATA), seeds=_numbers("--seeds", chosen.seeds),
-                           changes=dict(assignment(text) for text in chosen.set))
-    return _done(rates.run_rates(plan, _demo_host(chosen), say=_say), chosen)
-
-
-def run_suggestions(chosen: argparse.Namespace) -> int:
-    """`bench suggestions`; returns the exit code."""
-    from tools.bench import suggestions
-
-    plan = suggestions.SuggestionsPlan(
-        chosen.out, cases=tuple(chosen.case) or tuple(suggestions.DATA), seeds=_numbers("--seeds", chosen.seeds),
-        changes=dict(assignment(text) for text in chosen.set))
-    return _done(suggestions.run_suggestions(plan, _demo_host(chosen), say=_say), chosen)
+    make, run = {"rates": (rates.RatesPlan, rates.run_rates),
+                 "suggestions": (suggestions.SuggestionsPlan, suggestions.run_suggestions)}[chosen.measured]
+    plan = make(chosen.out, cases=tuple(chosen.case) or ("style", "subject"), seeds=_numbers("--seeds", chosen.seeds),
+                changes=dict(assignment(text) for text in chosen.set))
+    return _done(run(plan, _demo_host(chosen), say=_say), chosen)
 
 
 def _demo_host(chosen: argparse.Namespace) -> StandaloneHost:
