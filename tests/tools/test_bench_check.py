@@ -25,7 +25,7 @@ def test_what_a_cpu_can_show_holds_and_is_written(tmp_path: Path, capsys):
     lines = check.read_lines(tmp_path / check.FILE_NAME)
     assert [line["check"] for line in lines] == names and all(line["ok"] for line in lines)
     # The model was elsewhere in between, and every loss is that of the run that was left alone.
-    assert lines[-1]["handed over"] > 0 and lines[-1]["losses apart"] == 0
+    assert lines[-1]["yielded"] > 0 and lines[-1]["losses apart"] == 0
     assert "cuda_graphs = off: not measured" in capsys.readouterr().out
 
 

@@ -183,7 +183,7 @@ class Checks:
         host = _YieldingHost(self._host(self.sd1), every=2 if self.plan.small else 20)
         interrupted, found = self._run(self.sd1, VARIANTS["graphs"], host=host), host.leased.yielded
         losses = _losses(alone, interrupted)
-        return {**losses, "handed over": found, "ok": bool(found) and losses["ok"]}
+        return {**losses, "yielded": found, "ok": bool(found) and losses["ok"]}
 
     def five_runs(self) -> Figures:
         """What is free of the GPU after each of five runs: nothing may be left behind."""
@@ -211,7 +211,8 @@ class Checks:
             shared |= {"min_bucket_reso": 64}
         steps = min(steps, plan.steps) or plan.steps
         return measure_run(host or self._host(case), settings={**shared, **settings},
-                           data=self._images(case.resolution), steps=steps, warm_up=plan.warm_up, device=plan.device, stretch=1 if plan.small else max(1, steps // 5))
+                           data=self._images(case.resolution), steps=steps, warm_up=plan.warm_up, device=plan.device,
+                           stretch=1 if plan.small else max(1, steps // 5))
 
     @functools.cache  # noqa: B019 - one object a process; each call would draw others
     def _images(self, side: int) -> Path:
