@@ -90,8 +90,8 @@ def proposal(rates: Sequence[float], settings: Settings) -> Diagnosed:
     steps, rate = len(rates), rates[-1]
     if rate <= 2 * _START:
         return Diagnosed(
-            steps, "no effect", f"No learning rate was found: in {steps} steps the pictures agreed on no direction. Look at the "
-            f"captions and the trigger word, or raise {named('train_batch_size')}.")
+            steps, "no effect", f"No learning rate was found: in {steps} steps the pictures agreed on no direction. Look at "
+            f"the captions and the trigger word, or raise {named('train_batch_size')}.")
     value, adamw, lion = (float(f"{share * rate:.1e}") for share in (share_for(settings), 1.0, LION_SHARE))
     rising = " It was still rising, so the best may be higher." if rate > _STILL_RISING * rates[3 * (steps - 1) // 4] else ""
     return Diagnosed(

@@ -94,8 +94,8 @@ class BackgroundTracker:
         self._thread.join(seconds)
         if self._thread.is_alive() and not self._failed:
             self._failed = True
-            self._problem = (f"{self._title} is not done {seconds:g} s after the run. It goes on by itself, and what is left when "
-                             "the program ends is lost.")
+            self._problem = (f"{self._title} is not done {seconds:g} s after the run. It goes on by itself, and what is left "
+                             "when the program ends is lost.")
 
     def _follow(self) -> None:
         try:

@@ -179,7 +179,7 @@ def _overrides(path: Path | None) -> Sequence[Mapping[str, Any]]:
     except (OSError, ValueError) as error:
         raise SettingError(f"{path} cannot be read", why=str(error)) from error
     if not (isinstance(found, list) and found and all(isinstance(one, dict) for one in found)):
-        raise SettingError(f"{path} holds no list of objects", remedy='write [{"network_dim": 8}, {"network_dim": 32}]')
+        raise SettingError(f"{path} holds no list of objects", remedy='write [{"seed": 1}, {"seed": 2}]')
     return found
 
 
