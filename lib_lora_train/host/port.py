@@ -212,6 +212,10 @@ class Renderer(Protocol):
         """What the host itself captions images with, whether it is installed or not; nothing is loaded."""
         return ()
 
+    def tokenizer_folder(self) -> Path | None:
+        """Where the host keeps CLIP's vocabulary (`tokenizer_from_folder`), None for open_clip's own."""
+        return None
+
 
 class Host(ModelSource, Paths, Display, Renderer, Protocol):
     """A place that holds a model: the WebUI, or a checkpoint file."""

@@ -18,7 +18,7 @@ from typing import Any
 from lib_lora_train.dataset.findings import DatasetReport
 from lib_lora_train.dataset.progress import Progress, ShouldStop
 from lib_lora_train.dataset.report import examine
-from lib_lora_train.errors import DatasetError, HostError, Interrupted, counted
+from lib_lora_train.errors import DatasetError, HostError, Interrupted, ModelError, counted
 from lib_lora_train.evaluation import caption_check
 from lib_lora_train.evaluation.class_images import make_class_images
 from lib_lora_train.model.family import training_sizes
@@ -169,7 +169,7 @@ def _look(studio: Studio, values: Mapping[str, object]) -> Callable[..., Dataset
     def look(*, on_progress: Progress | None, should_stop: ShouldStop, problem: Callable[[str], None]) -> DatasetReport:
         try:
             tokenizer: Tokenizer | None = studio.tokenizer()
-        except HostError as error:
+        except (HostError, ModelError) as error:
             tokenizer = None
             problem(f"{error}")
         allowed = studio.host.allowed

@@ -21,7 +21,7 @@ from lib_lora_train.dataset.plan import plain_folder_repeats
 from lib_lora_train.errors import DatasetError, HostError, SettingError, counted, printable
 from lib_lora_train.host.port import Host
 from lib_lora_train.model.sd.text import split_into_chunks
-from lib_lora_train.model.sd.tokens import Tokenizer, clip_tokenizer
+from lib_lora_train.model.sd.tokens import Tokenizer, clip_tokenizer, tokenizer_from_folder
 from lib_lora_train.run.background import TaskRunner
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import Settings, with_home
@@ -212,10 +212,11 @@ class Studio:
         return len(tokens), len(split_into_chunks(tokens, comma=tokenizer.comma, backtrack=_COMMA_BACKTRACK))
 
     def tokenizer(self) -> Tokenizer:
-        """CLIP's, read once. Raises HostError where open_clip is not there."""
+        """CLIP's, read once. Raises HostError where open_clip is not there, ModelError where the host's files are damaged."""
         if self._tokenizer is None:
             try:
-                self._tokenizer = clip_tokenizer()
+                folder = self.host.tokenizer_folder()
+                self._tokenizer = tokenizer_from_folder(folder) if folder else clip_tokenizer()
             except ImportError as error:
                 raise HostError("Tokens cannot be counted", why=f"open_clip cannot be loaded ({error})") from error
         return self._tokenizer

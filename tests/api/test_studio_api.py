@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -663,6 +664,15 @@ def test_tokens_are_counted_as_the_webui_cuts_them(desk: Desk):
     assert desk.post("tokens", {"text": "a photo"}).json() == {"tokens": 2, "chunks": 1}
     assert desk.post("tokens", {"text": "a " * 80}).json() == {"tokens": 80, "chunks": 2}
     assert desk.post("tokens", {"text": ""}).json() == {"tokens": 0, "chunks": 1}
+
+
+def test_tokens_are_counted_with_the_hosts_own_vocabulary(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # One that has letters only, where CLIP's has the word.
+    letters = ["z", "e", "b", "r", "a</w>", "<|startoftext|>", "<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({letter: number for number, letter in enumerate(letters)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    monkeypatch.setattr(desk.host, "tokenizer_folder", lambda: tmp_path)
+    assert desk.post("tokens", {"text": "zebra"}).json() == {"tokens": 5, "chunks": 1}
 
 
 def test_a_report_says_what_is_wrong_and_knows_when_it_is_old(desk: Desk):

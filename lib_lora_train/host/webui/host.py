@@ -72,6 +72,11 @@ class WebUIHost:
         """BLIP and DeepDanbooru where the WebUI has them, as the buttons beside img2img's prompt use them."""
         return captioners_module.captioners(self.access)
 
+    def tokenizer_folder(self) -> Path | None:
+        """Forge's and Forge Neo's, the latter of which has no open_clip."""
+        folder = Path(paths.script_path, "backend", "huggingface", "runwayml", "stable-diffusion-v1-5", "tokenizer")
+        return folder if folder.is_dir() else None
+
     def checkpoint(self) -> Checkpoint | None:
         """What is loaded now, or what would be loaded for a lease."""
         pending, sd_model = self._pending(), self.access.current()
