@@ -141,7 +141,8 @@
 
         function draw() {
             const current = chosen();
-            run.disabled = app.working() || !current || !usable(current) || !app.scopeSize();
+            // Before the options are known a caption would be written without the trigger word.
+            run.disabled = !declared || app.working() || !current || !usable(current) || !app.scopeSize();
             check.disabled = app.working() || !app.scopeSize();
             run.lastChild.textContent = translated`Caption ${app.scopeWords()}`;
             const now = JSON.stringify([app.view.state.sources, current && current.name,

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -284,6 +285,17 @@ def test_each_dataset_keeps_its_own_trigger_word_and_unsaved_captions_are_asked_
     few.part("step_caption").click()
     expect(few.part("tag_trigger_word")).to_have_value("qqx")
     assert not few.captions().get("4")
+
+
+def test_captions_are_written_only_once_their_options_are_known(few: StudioPage):
+    held: list[Any] = []
+    few.page.route("**/studio/tag-options*", lambda route: held.append(route))
+    few.part("step_caption").click()
+    expect(few.part("tag")).to_be_visible()
+    expect(few.part("tag")).to_be_disabled()
+    held[0].continue_()
+    expect(few.part("tag")).to_be_enabled()
+    few.page.unroute("**/studio/tag-options*")
 
 
 def test_what_is_written_stays_when_another_page_opens_another_dataset(few: StudioPage, browser: object, tmp_path: Path):
