@@ -8,6 +8,7 @@ docs/rate-finder.md compares it with sweeps.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -88,12 +89,16 @@ def find_rate(plan: RunPlan, host: Host, *, requested: Settings, report: Report,
 def proposal(rates: Sequence[float], settings: Settings) -> Diagnosed:
     """What the rates of each step say: a rate for the optimizer of `settings`, with a sentence."""
     steps, rate = len(rates), rates[-1]
-    if rate <= 2 * _START:
+    if not rate > 2 * _START or math.isinf(rate):
         return Diagnosed(
             steps, "no effect", f"No learning rate was found: in {steps} steps the pictures agreed on no direction. Look at "
             f"the captions and the trigger word, or raise {named('train_batch_size')}.")
     value, adamw, lion = (float(f"{share * rate:.1e}") for share in (share_for(settings), 1.0, LION_SHARE))
-    rising = " It was still rising, so the best may be higher." if rate > _STILL_RISING * rates[3 * (steps - 1) // 4] else ""
+    more = " It was still rising, so the best may be higher." if rate > _STILL_RISING * rates[3 * (steps - 1) // 4] else ""
+    network = settings.network
+    if any(getattr(network, name) not in (0.0, 1.0) for name in LORA_PLUS) or any(
+            getattr(network, name) for name in BLOCK_RATES):
+        more += " It was found without LoRA+ and the rates of single blocks, which multiply it: take less."
     return Diagnosed(
         steps, "rate", f"A learning rate of {value:g} suits these pictures and settings (AdamW {adamw:g}, Lion {lion:g})."
-        f"{rising}", "unet_lr" if settings.optimizer.unet_lr else "learning_rate", f"{value:g}")
+        f"{more}", "unet_lr" if settings.optimizer.unet_lr else "learning_rate", f"{value:g}")

@@ -17,14 +17,16 @@ from lib_lora_train.dataset.captions import split_tags
 from lib_lora_train.dataset.masks import masks_of
 from lib_lora_train.dataset.plan import MIN_VISITS, MIN_VISITS_PER_IMAGE
 from lib_lora_train.errors import SettingError, counted
-from lib_lora_train.events import Diagnosed
+from lib_lora_train.events import Diagnosed, Planned, Step
 from lib_lora_train.host.port import Host
 from lib_lora_train.run.memory import predicted_memory
+from lib_lora_train.run.optimizing import traits_of
 from lib_lora_train.run.planning import RunPlan, plan_dataset
-from lib_lora_train.run.rate_finder import SUFFIX
+from lib_lora_train.run.rate_finder import SUFFIX, share_for
 from lib_lora_train.run.record import read_events, read_settings
 from lib_lora_train.settings import DECLARATIONS, Settings, Value, flat, parse
 from lib_lora_train.settings.allowed_paths import check_allowed
+from lib_lora_train.settings.dataset_config import with_text
 from lib_lora_train.settings.presets import name_and_version, presets
 
 PURPOSES = ("character", "style", "object")
@@ -66,21 +68,27 @@ def suggest(settings: Settings, host: Host, *, purpose: str, fits: Fits = lambda
     check_allowed(settings, host.allowed)
     checkpoint = host.checkpoint()
     family = checkpoint.family if checkpoint else ""
-    first = plan_dataset(_with(settings, _of_preset(purpose)), family=family, allowed=host.allowed)
+    chosen = {name: value for name, value in _of_preset(purpose).items() if name != "learning_rate"}
+    if traits_of(settings).adapts_rate:
+        chosen |= {"learning_rate": 1.0, "unet_lr": 0.0}
+    settings = _with(settings, chosen)
+    first = plan_dataset(settings, family=family, allowed=host.allowed)
     made: dict[str, Suggestion] = {}
     for suggestion in itertools.chain(_purpose(purpose), _images(first, family), _captions(first, purpose),
                                       _masks(first, host)):
         made[suggestion.setting] = suggestion
     for suggestion in _length(first, settings=_with(settings, _values(made)), fits=fits):
         made[suggestion.setting] = suggestion
-    made["learning_rate"] = _rate(_with(settings, _values(made)), host.runs_folder)
-    chosen = _with(settings, _values(made))
-    plan = plan_dataset(chosen, family=family, allowed=host.allowed)
+    planned = plan_dataset(_with(settings, _values(made)), family=family, allowed=host.allowed).settings
+    for suggestion in _rate(planned, host.runs_folder, checkpoint=checkpoint.name if checkpoint else ""):
+        made[suggestion.setting] = suggestion
+    final = _with(settings, _values(made))
+    plan = plan_dataset(final, family=family, allowed=host.allowed)
     if first.dataset.images < SMALL_SET:
         steps = max(1, round(_WARM_UP * plan.schedule.steps))
         made["lr_warmup_steps"] = Suggestion("lr_warmup_steps", steps, "A twentieth of the steps: the first steps on a small "
                                              "set are the roughest.")
-        plan = plan_dataset(_with(chosen, {"lr_warmup_steps": steps}), family=family, allowed=host.allowed)
+        plan = plan_dataset(_with(final, {"lr_warmup_steps": steps}), family=family, allowed=host.allowed)
     missing = [] if settings.dataset.trigger_word or purpose == "style" else [
         "There is no trigger word: choose a word of its own, which calls what is learnt."]
     return Suggestions(tuple(made.values()), formula_of(plan), (*missing, *plan.warnings))
@@ -117,8 +125,11 @@ def formula_of(plan: RunPlan) -> str:
     times = counted(repeats[0], "repeat") if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]} repeats"
     optimizer = plan.settings.optimizer
     batch = optimizer.train_batch_size * optimizer.gradient_accumulation_steps * plan.processes
-    return (f"{counted(plan.dataset.images, 'picture')} × {times} × {counted(plan.schedule.epochs, 'epoch')} / batch {batch} = "
-            f"{counted(plan.schedule.steps, 'step')}")
+    of_epochs = (f"{times} × {counted(plan.schedule.epochs, 'epoch')} / batch {batch} = "
+                 f"{counted(plan.schedule.steps, 'step')}")
+    if any(example.is_regularisation for example in plan.dataset.examples):
+        return f"({counted(plan.dataset.images, 'picture')} + as many regularisation pictures) × {of_epochs}"
+    return f"{counted(plan.dataset.images, 'picture')} × {of_epochs}"
 
 
 def _of_preset(purpose: str) -> Mapping[str, Value]:
@@ -202,6 +213,8 @@ def _length(plan: RunPlan, *, settings: Settings, fits: Fits) -> Iterator[Sugges
     images = plan.dataset.images
     yield Suggestion("max_train_epochs", _EPOCHS, "Ten, with a save after every second: five to choose from.")
     yield Suggestion("save_every_n_epochs", 2, "Five saves to choose from.")
+    if plan.settings.dataset.dataset_config:
+        return  # which has repeats and batch size of its own
     if plan.dataset.layout == "plain":
         yield Suggestion("num_repeats", 0, f"As many as show each picture about {MIN_VISITS_PER_IMAGE} times, and all of them "
                          f"{MIN_VISITS:,} times.")
@@ -211,27 +224,43 @@ def _length(plan: RunPlan, *, settings: Settings, fits: Fits) -> Iterator[Sugges
                      if batch > 1 else "One picture a step needs the least memory.")
 
 
-def _rate(settings: Settings, runs_folder: Path) -> Suggestion:
-    """The learning rate that was found on these pictures, or what is usual."""
-    if found := found_rate(settings, runs_folder):
-        return Suggestion("learning_rate", found, "Found on these pictures by the rate finder.")
-    batch = settings.optimizer.train_batch_size
-    share = 1 / 3 if "lion" in settings.optimizer.optimizer_type.lower() else 1.0
-    return Suggestion("learning_rate", float(f"{1e-4 * share * batch ** 0.5:.1e}"), "What is usual for this optimizer and "
-                      "batch size. 'Find learning rate' finds the one for these pictures.")
+def _rate(settings: Settings, runs_folder: Path, *, checkpoint: str) -> Iterator[Suggestion]:
+    """The learning rate that was found on these pictures, or what is usual; none where nobody knows."""
+    name, traits = "unet_lr" if settings.optimizer.unet_lr else "learning_rate", traits_of(settings)
+    if traits.adapts_rate:
+        yield Suggestion("learning_rate", 1.0, "The optimizer finds the rate itself, and multiplies it by this.")
+        return
+    try:
+        share = share_for(settings)
+    except SettingError:
+        return
+    if found := found_rate(settings, runs_folder, checkpoint=checkpoint):
+        yield Suggestion(name, float(f"{share * found:.1e}"), "Found on these pictures by the rate finder.")
+        return
+    usual = 1e-4 * share * settings.optimizer.train_batch_size ** 0.5
+    yield Suggestion(name, float(f"{usual:.1e}"), "What is usual for this optimizer and batch size. 'Find learning rate' finds "
+                     "the one for these pictures.")
 
 
-def found_rate(settings: Settings, runs_folder: Path) -> float:
-    """What the rate finder found last with these pictures and what else decides it; 0 where it did not look."""
+def found_rate(settings: Settings, runs_folder: Path, *, checkpoint: str) -> float:
+    """AdamW's rate as the rate finder found it last for these pictures, on the model of this name and with what else decides
+    it; 0 where it did not look."""
     wanted = _deciding(flat(settings))
     for folder in sorted(runs_folder.glob(f"*{SUFFIX}*"), key=lambda run: run.name[-15:], reverse=True)[:_LOOKED_AT]:
-        found = [event for event in read_events(folder) if isinstance(event, Diagnosed) and event.finding == "rate"]
-        if found and _deciding(read_settings(folder)) == wanted:
-            return float(found[-1].value)
+        events = list(read_events(folder))
+        steps = [event.learning_rate for event in events if isinstance(event, Step)]
+        rate = any(isinstance(event, Diagnosed) and event.finding == "rate" for event in events)
+        model = next((event.checkpoint for event in events if isinstance(event, Planned)), "")
+        if steps and rate and model == checkpoint and _deciding(read_settings(folder)) == wanted:
+            return steps[-1]
     return 0.0
 
 
 def _deciding(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the rate depends on; the folders of a dataset_config by its text, in which they are named."""
     defaults = flat(Settings())
     found = {name: values.get(name, defaults[name]) for name in _DECIDE_THE_RATE}
+    if config := values.get("dataset_config"):
+        text = with_text(parse({"dataset_config": config})).dataset.dataset_config
+        return {**found, "dataset_config": text, "train_data_dir": "", "train_batch_size": 0, "resolution": ""}
     return {**found, "train_data_dir": str(Path(str(found["train_data_dir"])).absolute())}

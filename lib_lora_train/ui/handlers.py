@@ -179,7 +179,7 @@ class Handlers:
             return [*[gr.update()] * 4, *self._updates({})]
         try:
             remembered = json.loads(draft or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             remembered = {}
         if not isinstance(remembered, dict) or not remembered:
             remembered = self.runner.settings()
@@ -198,7 +198,8 @@ class Handlers:
     def _about(self, now: str, kept: Mapping[str, object]) -> str:
         """What the preset in force is for; of one that was updated since these settings were chosen, what is other now."""
         name, version = name_and_version(str(kept.get("preset", "")))
-        version = version or int(kept.get("preset_version") or 0)
+        told = kept.get("preset_version")
+        version = version or (told if isinstance(told, int) else 0)
         preset = self._presets()[name_and_version(now)[0]]
         if preset.name != name or not version or version == preset.version:
             return preset.description * (now != NO_PRESET)

@@ -82,16 +82,41 @@ def test_masks_that_are_there_are_heeded(fake: FakeHost, tmp_path: Path):
     assert values(suggest(chosen(data), fake, purpose="object"))["masked_loss"] is True
 
 
-def test_a_rate_that_was_found_on_these_pictures_is_taken(fake: FakeHost, tmp_path: Path):
+def test_a_rate_that_was_found_on_these_pictures_is_taken_for_adamw_and_a_third_for_lion(fake: FakeHost, tmp_path: Path):
     data = folder(tmp_path, 10, "a cat")
     before = values(suggest(chosen(data), fake, purpose="object"))
-    for name, dim, rate in (("zzk-learning-rate", before["network_dim"], "0.0007"), ("other-learning-rate", 77, "0.5")):
-        record = RunRecord(new_folder(fake.runs_folder, name), chosen(
-            data, network_dim=dim, network_alpha=before["network_alpha"], optimizer_type="Prodigy"))
-        record.write(events.Diagnosed(100, "rate", "found", "learning_rate", rate))
-        record.close()
     assert before["learning_rate"] == 1e-4
-    assert values(suggest(chosen(data), fake, purpose="object"))["learning_rate"] == 0.0007
+    model = fake.checkpoint().name
+    for name, dim, checkpoint, rate in (("zzk-learning-rate", before["network_dim"], model, 7e-4),
+                                        ("wide-learning-rate", 77, model, 0.5),
+                                        ("other-learning-rate", before["network_dim"], "another model", 0.6)):
+        record = RunRecord(new_folder(fake.runs_folder, name), chosen(
+            data, network_dim=dim, network_alpha=before["network_alpha"], optimizer_type="Prodigy", learning_rate=1.0))
+        record.write(events.Planned(9, 1, 9, 1, 100, "", "64×64", checkpoint, 1))
+        record.write(events.Step(100, 100, 1, 1, 0.1, 0.1, rate, 0.0, None, None))
+        record.write(events.Diagnosed(100, "rate", "found", "learning_rate", str(rate)))
+        record.close()
+    assert values(suggest(chosen(data), fake, purpose="object"))["learning_rate"] == 7e-4
+    lion = values(suggest(chosen(data, optimizer_type="Lion", unet_lr=1e-5), fake, purpose="object"))
+    assert lion["unet_lr"] == pytest.approx(7e-4 / 3, rel=0.05) and "learning_rate" not in lion
+
+
+def test_an_optimizer_that_finds_its_rate_keeps_the_factor_1_and_an_unknown_one_its_own(fake: FakeHost, tmp_path: Path):
+    data = folder(tmp_path, 10, "a cat")
+    pytest.importorskip("prodigyopt")
+    prodigy = values(suggest(chosen(data, optimizer_type="Prodigy", learning_rate=1.0), fake, purpose="object"))
+    assert prodigy["learning_rate"] == 1.0
+    assert "learning_rate" not in values(suggest(chosen(data, optimizer_type="SGDNesterov"), fake, purpose="object"))
+
+
+def test_a_batch_size_of_the_folders_own_is_left_to_them(fake: FakeHost, tmp_path: Path):
+    data = folder(tmp_path, 12, "a cat")
+    config = f'[[datasets]]\nbatch_size = 4\n[[datasets.subsets]]\nimage_dir = "{data.as_posix()}"\nnum_repeats = 7\n'
+    found = suggest(parse({"dataset_config": config, "trigger_word": "zzk", "validation_split": 0.0}), fake, purpose="style",
+                    fits=lambda settings: True)
+    assert not {"train_batch_size", "num_repeats"} & values(found).keys()
+    assert found.formula == "12 pictures × 7 repeats × 10 epochs / batch 4 = 210 steps"
+    assert values(found)["learning_rate"] == pytest.approx(2e-4)  # the root of 4 times the usual
 
 
 def test_a_purpose_that_is_none_is_refused(fake: FakeHost, tmp_path: Path):

@@ -239,6 +239,12 @@ def test_the_browsers_memory_may_hold_anything(handlers: Handlers):
     assert changed(handlers.restore(Latest(), json.dumps(odd))[4:]) == {"seed": 7}
 
 
+@pytest.mark.parametrize("draft", ['{"preset": "Style", "preset_version": "abc"}', '{"preset": "Style", "preset_version": [1]}',
+                                   '{"preset": "Style", "preset_version": 1e400}', "[" * 100_000])
+def test_a_damaged_memory_of_the_browser_leaves_the_fields_as_they_are(handlers: Handlers, draft: str):
+    assert handlers.restore(Latest(), draft)[0] == "restored"
+
+
 def test_a_late_answer_to_the_pages_first_question_changes_no_field(handlers: Handlers):
     asked, draft = Latest(), json.dumps({"max_train_steps": 7})
     assert changed(handlers.restore(asked, draft)[4:]) == {"max_train_steps": 7}
