@@ -9,25 +9,39 @@
         const {make, translated} = window.loraTrainStudio.parts;
         const PURPOSES = [["character", "Character"], ["style", "Style"], ["object", "Object"]];
         const button = (text, press, pressed) => make("button", {class: "lora-train-files-button", text: translated(text),
-            "aria-pressed": pressed === undefined ? null : String(pressed), onclick: press});
+            "data-focus": text, "aria-pressed": pressed === undefined ? null : String(pressed), onclick: press});
         place.className = "lora-train-suggestions";
         place.setAttribute("role", "status");
         place.hidden = true;
         page.button("lora_train_suggest").addEventListener("click", () => ask(""));
 
+        let asked = 0;
+
         async function ask(purpose) {
+            const mine = ++asked;
             place.hidden = false;
+            if (!place.querySelector("li")) show(make("div", {class: "lora-train-note", text: translated("Looking at the pictures")}));
+            place.setAttribute("aria-busy", "true");
+            let found = null, problem = null;
             try {
-                draw(await page.ask("suggest", {settings: settings(), purpose}));
+                found = await page.ask("suggest", {settings: settings(), purpose});
             } catch (error) {
-                show(make("div", {class: "lora-train-problem", role: "alert", text: translated(error.message)}));
+                problem = make("div", {class: "lora-train-problem", role: "alert", text: translated(error.message)});
+            }
+            // Another purpose was pressed meanwhile.
+            if (mine !== asked) return;
+            place.removeAttribute("aria-busy");
+            if (found) {
+                draw(found);
+            } else {
+                show(problem);
             }
         }
 
         const same = (one) => one.now === one.value;
         /** As the field shows it: a 0 that stands for "auto" is its placeholder. */
         function shown(name, value) {
-            if (typeof value === "boolean") return translated(value ? "on" : "off");
+            if (typeof value === "boolean") return value ? translated("on") : translated("off");
             const box = page.byId("lora_train_" + name).querySelector("input");
             return String(value || box && box.placeholder || value);
         }
@@ -53,9 +67,14 @@
                 make("ul", {}, ...changes.map(row), ...found.suggestions.filter((one) => !changes.includes(one)).map(row)));
         }
 
+        /** The button that was pressed keeps the focus, or the first one has it where that is gone. */
         function show(...parts) {
+            const focused = place.contains(document.activeElement) ? document.activeElement.dataset.focus : null;
             place.replaceChildren(make("button", {class: "lora-train-files-close", text: "×", title: translated("Close this list"),
-                onclick: () => { place.hidden = true; }}), ...parts.filter(Boolean));
+                onclick: () => { place.hidden = true; page.button("lora_train_suggest").focus(); }}), ...parts.filter(Boolean));
+            if (focused === null) return;
+            const again = [...place.querySelectorAll("button")].find((one) => one.dataset.focus === focused);
+            (again || place.querySelector("li button, button")).focus();
         }
     };
 })();

@@ -107,7 +107,8 @@ def keep_webhook(address: str, *, host: Host) -> dict[str, str]:
     """Keep a webhook and try it. Raises SettingError, and HostError where it does not answer."""
     if host.allowed is not None:  # this machine would send to wherever they like
         raise SettingError("The webhook is not changed here", why="others can reach this page",
-                           remedy="set it on the machine itself: python -m lib_lora_train queue webhook")
+                           remedy="set it on the machine itself: python -m lib_lora_train queue webhook "
+                           "ADDRESS --runs FOLDER, the folder with queue.json in it")
     webhook_of(host.runs_folder).keep(address)
     if address:
         webhook_of(host.runs_folder).test()

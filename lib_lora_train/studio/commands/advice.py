@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -77,11 +78,19 @@ def _changed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _find_rate(chosen: argparse.Namespace) -> int:
     from lib_lora_train.run.rate_finder import find_rate, plan_finder
+    from lib_lora_train.run.record import RunRecord, new_folder
     from lib_lora_train.studio.commands.progress import RunBar
 
     values, notes = given_values(chosen)
-    settings, host, report = parse(values), _host(chosen), RunBar()
-    for note in notes:
-        report(events.Warned(note))
-    report(find_rate(plan_finder(settings, host), host, requested=settings, report=report, stop=lambda: ""))
+    settings, host, show = parse(values), _host(chosen), RunBar()
+    plan = plan_finder(settings, host)
+    # Recorded as a run of the page is, for `suggest` to know.
+    with contextlib.closing(RunRecord(new_folder(host.runs_folder, plan.settings.save.output_name), plan.settings)) as record:
+        def report(event: events.Event) -> None:
+            record.write(event)
+            show(event)
+
+        for note in notes:
+            report(events.Warned(note))
+        report(find_rate(plan, host, requested=settings, report=report, stop=lambda: ""))
     return 0
