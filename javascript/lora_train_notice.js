@@ -21,7 +21,7 @@
         make("span", {text: translated("Notify me")})), webhook, said);
 
         function permission() {
-            return typeof Notification === "function" ? Notification.permission : "missing";
+            return window.isSecureContext && typeof Notification === "function" ? Notification.permission : "missing";
         }
 
         function remembered() {
@@ -72,7 +72,8 @@
         }
 
         function entries(told) {
-            const ended = queue.some(open) && told.length && !told.some(open);
+            const over = (entry) => open(entry) && told.some((now) => now.id === entry.id);  // not taken out of the list
+            const ended = queue.some(over) && !told.some(open);
             queue = told;
             if (!ended) return;
             const done = told.filter((entry) => entry.state === "done").length;
@@ -85,7 +86,7 @@
                 const now = known ? translated`Now: ${known}` + (problem ? "\n" + translated`The last message did not arrive: ${problem}` : "") : "";
                 const url = window.prompt(translated("Address that is sent a message when a run has ended (Discord, Slack, or a " +
                     "program of your own); empty for none.") + (now && "\n" + now), "");
-                if (url === null) return;
+                if (url === null || (known && !url.trim() && !window.confirm(translated`Send no more messages to ${known}?`))) return;
                 const kept = await page.ask("queue/webhook", {url});
                 said.textContent = kept.webhook ? translated("A first message was sent.") : translated("No message is sent.");
             } catch (error) {

@@ -12,7 +12,7 @@
     /** `fill` puts settings into the fields. Returns a function to be called with each status; `waits` says whether somebody is
      * to be told when what goes on has ended. */
     window.loraTrainQueue = function(page, place, fill) {
-        const {make, translated} = window.loraTrainStudio.parts;
+        const {make, once, translated} = window.loraTrainStudio.parts;
         const button = (text, title, press, id) => make("button", {class: "lora-train-files-button", id, text: translated(text),
             title: translated(title), onclick: press});
         let known = "", looked = 0, drawn = "", told = {held: false, entries: []}, editing = "";
@@ -67,7 +67,14 @@
 
         const when = () => ({start_after: after.value, idle_minutes: Number(idle.value || 0)});
 
-        const add = () => guarded(() => enqueue(when()));
+        /** The button is disabled until the answer is here: a double click asks once. */
+        const add = once(async({currentTarget: pressed}) => {
+            pressed.disabled = true;
+            await guarded(() => enqueue(when()));
+            pressed.disabled = false;
+            const again = bar.querySelector("#" + pressed.id);
+            if (again && document.activeElement === document.body) again.focus();
+        });
 
         const keep = () => guarded(() => enqueue({id: editing}).then(() => {
             if (!page.byId("lora_train_answer").textContent.trim()) editing = "";
@@ -78,11 +85,27 @@
             editing = entry.id;
         });
 
+        /** Where the keyboard is in the bar or the list. Returns what puts it there again once they are drawn anew: on the same
+         * field or button, else on that of the row in its place, else on the first button. */
+        function keyboard() {
+            const at = document.activeElement, row = at && at.closest("li");
+            if (!bar.contains(at) && !list.contains(at)) return () => {};
+            const index = [...list.children].indexOf(row), first = (within) => within && within.querySelector("button:not(:disabled)");
+            const same = (within) => within && [...within.querySelectorAll("button")].find((one) => one.textContent === at.textContent);
+            return () => {
+                const stayed = row && list.querySelector(`[data-entry="${CSS.escape(row.dataset.entry)}"]`);
+                const next = row && list.children[Math.min(index, list.children.length - 1)];
+                const to = at.isConnected ? at : row ? same(stayed) || first(stayed) || same(next) : same(bar);
+                (to || first(bar) || at).focus();
+            };
+        }
+
         /** Anew only where something changed: a field that is being typed into would lose the focus. */
         function draw() {
             const now = JSON.stringify([told, editing]);
             if (now === drawn) return;
             drawn = now;
+            const refocus = keyboard();
             const edited = told.entries.find((entry) => entry.id === editing && entry.state === "waiting");
             if (!edited) editing = "";
             const ended = told.entries.filter((entry) => !["waiting", "running"].includes(entry.state));
@@ -103,13 +126,14 @@
             ].filter(Boolean)));
             const waiting = told.entries.filter((entry) => entry.state === "waiting");
             list.replaceChildren(...told.entries.map((entry) => row(entry, waiting)));
+            refocus();
         }
 
         function row(entry, waiting) {
             const place = waiting.indexOf(entry), ended = !["waiting", "running"].includes(entry.state);
             const move = (to) => act("move", {id: entry.id, position: to}), again = (resume) => act("retry", {id: entry.id, resume});
             const later = entry.not_before * 1000 > Date.now() ? " · " + new Date(entry.not_before * 1000).toLocaleString(window.loraTrainLanguage.tag) : "";
-            return make("li", {class: "lora-train-queue-" + entry.state},
+            return make("li", {class: "lora-train-queue-" + entry.state, "data-entry": entry.id},
                 make("b", {translate: "no", text: entry.name}),
                 make("span", {text: stateWords(entry.state, translated)}), place >= 0 && later,
                 make("span", {class: "lora-train-queue-buttons"},

@@ -5,13 +5,13 @@
  */
 window.loraTrainSweep = function(page, enqueue) {
     "use strict";
-    const {make, translated, later, count} = window.loraTrainStudio.parts, ASK_MS = 500, NAMES = "lora_train_sweep_names";
+    const {make, translated, later, once, count} = window.loraTrainStudio.parts, ASK_MS = 500, NAMES = "lora_train_sweep_names";
     const rows = make("div", {class: "lora-train-sweep-rows"}), told = make("div", {class: "lora-train-note", role: "status"});
     const names = make("datalist", {id: NAMES});
     const small = (text, title, press, id) => make("button", {
         class: "lora-train-files-button", type: "button", id, text: translated(text), title: translated(title), onclick: press});
     const add = small("Queue the sweep", "Put a run for each combination of the values into the queue: all of them or none.",
-        () => enqueue({axes: axes()}), "lora_train_sweep_add");
+        once(queueIt), "lora_train_sweep_add");
     let asked = 0;
 
     function row(name = "", values = "") {
@@ -38,6 +38,16 @@ window.loraTrainSweep = function(page, enqueue) {
         return found;
     }
 
+    /** The button is disabled until the answer is here: a double click asks once. */
+    async function queueIt() {
+        const mine = asked;
+        add.disabled = true;
+        await enqueue({axes: axes()});
+        if (mine !== asked) return;
+        add.disabled = false;
+        if (document.activeElement === document.body) add.focus();
+    }
+
     async function tell() {
         const mine = ++asked, chosen = axes();
         add.disabled = true;
@@ -57,14 +67,19 @@ window.loraTrainSweep = function(page, enqueue) {
         }
     }
 
-    const plan = later(tell, ASK_MS);
+    const plan = later(tell, ASK_MS), planOpen = () => fold.open && plan();
 
     row("learning_rate");
     row("seed");
     add.disabled = true;
     const fold = make("details", {class: "lora-train-sweep", id: "lora_train_sweep", ontoggle: () => {
         if (!fold.open) return;
-        if (!names.children.length) names.append(...Object.keys(page.settings()).map((name) => make("option", {value: name})));
+        if (!names.children.length) {
+            names.append(...Object.keys(page.settings()).map((name) => make("option", {value: name})));
+            page.byId("lora_train").addEventListener("change", planOpen);
+            // The summary is written once the page knows its fields anew, also after a preset or a file filled them.
+            new MutationObserver(planOpen).observe(page.byId("lora_train_summary"), {childList: true, characterData: true, subtree: true});
+        }
         tell();
     }}, make("summary", {text: translated("Sweep"), title: translated(
         "Train with several values of some settings, and compare what comes of it. Several seeds show what is chance.")}),

@@ -136,14 +136,17 @@ def test_runs_wait_in_the_queue_are_changed_and_ordered_and_train_one_after_anot
     try:
         for name in ("one", "two", "three"):
             served.fill(name=name)
-            served.part("queue_add").click()
+            served.part("queue_add").dblclick()
             expect(entries.filter(has_text=name)).to_have_count(1)
+            expect(served.line("answer")).to_have_text("")
+            expect(served.part("queue_add")).to_be_focused()
         expect(entries.nth(0)).to_contain_text("is being trained")
         served.part("queue_add").click()  # the same name once more
         expect(served.line("answer")).to_contain_text("choose another name")
 
-        entries.filter(has_text="three").get_by_title("Earlier").click()
+        entries.filter(has_text="three").get_by_title("Earlier").press("Enter")
         expect(entries.nth(1)).to_contain_text("three")
+        expect(entries.nth(1).get_by_role("button").first).to_be_focused()
         entries.filter(has_text="two").get_by_text("Edit").click()
         expect(served.box("output_name")).to_have_value("two")
         served.fill(name="second")
@@ -456,7 +459,10 @@ def test_a_notice_of_the_end_comes_also_in_the_background_and_a_browser_that_ref
     box.click()
     expect(page.locator(".lora-train-notice-said")).to_contain_text("does not allow notifications")
     expect(box).not_to_be_checked()
-    page.evaluate("window.answer = 'granted'")
+    page.evaluate("Object.defineProperty(window, 'isSecureContext', {value: false, configurable: true})")
+    box.click()
+    expect(page.locator(".lora-train-notice-said")).to_contain_text("localhost or with https")
+    page.evaluate("Object.defineProperty(window, 'isSecureContext', {value: true}); window.answer = 'granted'")
     box.check()
     expect(page.locator(".lora-train-notice-said")).to_be_empty()
     served.fill()
