@@ -16,7 +16,7 @@
             learning: translated("it learns"), "too slow": translated("learns too slowly"), plateau: translated("learns no more"),
             "no effect": translated("has no effect"), diverging: translated("diverges"), overfitting: translated("overfitted"),
             ruined: translated("ruined"), words: translated("see its captions"), stopped: translated("stopped"),
-            failed: translated("failed"), interrupted: translated("interrupted"), running: translated("running"),
+            rate: translated("learning rate found"), failed: translated("failed"), interrupted: translated("interrupted"), running: translated("running"),
         };
         const ended = run.outcome !== "done" && words[run.outcome];
         return run.verdict === "ruined" ? words.ruined : ended || words[run.finding] || "";
@@ -42,7 +42,20 @@
 
     results.comparison = function(app) {
         const {make, button, count, translated} = window.loraTrainStudio.parts;
-        const element = make("section", {class: "ltr-section ltr-compare", id: "lora_train_comparison", hidden: true});
+        const element = make("section", {class: "ltr-section ltr-compare", id: "lora_train_comparison", tabindex: "-1", hidden: true});
+        let opener = null;
+
+        /** The keyboard goes back to the button that was pressed, or to the one in its place. */
+        function close() {
+            element.hidden = true;
+            const again = opener.isConnected ? opener : opener.id && app.place.querySelector("#" + opener.id);
+            (again || app.place.querySelector("#lora_train_runs > summary")).focus();
+        }
+
+        function show(request) {
+            opener = document.activeElement;
+            return app.act(() => app.page.api.ask("compare", request), draw);
+        }
 
         /** What the names of a row's runs have in common, without the seed. */
         function named({runs}) {
@@ -69,7 +82,7 @@
                 make("td", {text: verdicts}), make("td", {text: String(row.runs.length)}),
                 ...found.measures.map((name) => make("td", {class: name === found.measure ? "ltr-decides" : null,
                     text: results.measureText(name, row.measures[name].mean, row.measures[name].deviation)})),
-                make("td", {}, button("Use these settings", () => results.useSettings(app, row.runs[0].run), {
+                make("td", {}, row.runs[0].finding !== "rate" && button("Use these settings", () => results.useSettings(app, row.runs[0].run), {
                     title: "Put them into the fields of the page 2 Train; the name stays."}))];
         }
 
@@ -148,13 +161,14 @@
             element.replaceChildren(...[
                 make("div", {class: "ltr-line"}, make("h4", {text: found.sweep ? translated`Sweep ${found.sweep.name}` : translated("Comparison")}),
                     make("span", {class: "lts-quiet", text: count(found.curves.length, "run")}),
-                    button("Close", () => { element.hidden = true; }, {kind: "tool", drawn: "close"})),
+                    button("Close", close, {kind: "tool", drawn: "close"})),
                 found.reason && make("p", {class: "ltr-reason", text: translated(found.reason)}), table(found),
                 make("div", {class: "ltr-notes lts-quiet"}, ...changes(found), ...found.notes.map((text) => make("p", {text: translated(text)}))),
                 chart(found), ...samples(found)].filter(Boolean));
+            element.focus({preventScroll: true});
             element.scrollIntoView({block: "start"});
         }
 
-        return {element, show: (request) => app.act(() => app.page.api.ask("compare", request), draw)};
+        return {element, show};
     };
 })(window.loraTrainResults = window.loraTrainResults || {});

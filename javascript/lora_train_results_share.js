@@ -8,7 +8,7 @@
         const {make, button, field, textBox, choice, tick, translated} = window.loraTrainStudio.parts;
         const element = make("div", {class: "ltr-section", id: "lora_train_share", hidden: true});
         const wish = {name: "", huggingface_repo_id: "", huggingface_repo_visibility: "private", license: "", overwrite: false};
-        let chosen = null, run = "";
+        let chosen = null, run = "", opener = null;
 
         const asked = (names) => ({run, save: chosen.id, ...Object.fromEntries(names.map((name) => [name, wish[name]]))});
         const box = (name, given) => textBox(wish[name], (text) => { wish[name] = text.trim(); }, given);
@@ -21,14 +21,23 @@
             return app.start("results/push", asked(Object.keys(wish)));
         }
 
+        /** The keyboard goes back to the button that was pressed, or to the mark of its save. */
+        function close() {
+            const mark = app.place.querySelector(`[data-save="${CSS.escape(chosen.id)}"] .ltr-mark`);
+            const again = opener.isConnected ? opener : opener.id && app.place.querySelector("#" + opener.id);
+            chosen = null;
+            draw();
+            if (again || mark) (again || mark).focus();
+        }
+
         /** The panel of a save, with the keyboard in it. */
         app.share = (save) => {
             if (run !== app.found.run) wish.name = app.found.name;
-            [chosen, run] = [save, app.found.run];
+            [chosen, run, opener] = [save, app.found.run, document.activeElement];
             const name = box("name", {id: "lora_train_share_name"});
             element.replaceChildren(
                 make("div", {class: "ltr-line"}, make("h4", {text: translated`Share ${results.saveName(app, save)}`}),
-                    button("Close", () => { chosen = null; draw(); }, {kind: "tool", drawn: "close", id: "lora_train_share_close"})),
+                    button("Close", close, {kind: "tool", drawn: "close", id: "lora_train_share_close"})),
                 make("div", {class: "ltr-line ltr-share"}, field("Name", name, "What the LoRA is called there."),
                     button("Export for Civitai", exported, {drawn: "folder", id: "lora_train_export",
                         title: "A folder with the LoRA, its pictures and a description to upload, in the run's own folder."})),
