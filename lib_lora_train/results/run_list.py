@@ -21,8 +21,9 @@ from lib_lora_train.results.comparison import GAIN, compared_run
 from lib_lora_train.results.grid import CELLS
 from lib_lora_train.results.history import read_history
 from lib_lora_train.results.overview import plain, shown
-from lib_lora_train.results.saves import result_path, saves_of, wrote
+from lib_lora_train.results.saves import certainly_wrote, result_path, saves_of
 from lib_lora_train.results.scoring import SCORES
+from lib_lora_train.run.output import step_path
 from lib_lora_train.run.queue_file import queued_runs
 from lib_lora_train.run.record import past_run, read_settings
 from lib_lora_train.run.sweep import read_sweep
@@ -93,7 +94,7 @@ def folder_size(folder: Path) -> int:
 
 def loras_of(folder: Path) -> tuple[Path, ...]:
     """The LoRAs that are there and say themselves that the run in `folder` wrote them: its saves and its result."""
-    return tuple(path for path in _targets(folder) if wrote(folder, path))
+    return tuple(path for path in _targets(folder) if certainly_wrote(folder, path))
 
 
 def deletion(runs: Path, ids: Sequence[str], *, with_loras: bool, allowed: AllowedPaths | None = None) -> Deletion:
@@ -179,8 +180,23 @@ def _size(path: Path) -> int:
 
 def _state(folder: Path) -> tuple[tuple[int, int], ...]:
     """What changes whenever one of the files changes that an entry is made of."""
-    found = (_stat(folder / name) for name in ("events.jsonl", _SETTINGS, CELLS, SCORES, "state.safetensors"))
-    return tuple((status.st_mtime_ns, status.st_size) if status else (0, 0) for status in found)
+    files = [folder / name for name in ("events.jsonl", _SETTINGS, CELLS, SCORES, "state.safetensors")]
+    state = tuple(map(_stamp, files))
+    return *state, *map(_stamp, _save_files(folder, state))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = _stat(path)
+    return (status.st_mtime_ns, status.st_size) if status else (0, 0)
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _save_files(folder: Path, state: object) -> tuple[Path, ...]:
+    """Wherever the run's saves may be, whether or not they are there."""
+    result, saved = result_path(folder), [event for _, event in read_history(folder).saved]
+    written = [Path(event.path) for event in saved]
+    homes = [step_path(result, event.step) for event in saved if Path(event.path) == result] if result else []
+    return tuple(dict.fromkeys([*written, *homes, *([result] if result else [])]))
 
 
 def _entry(folder: Path) -> dict[str, Any]:

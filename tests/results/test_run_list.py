@@ -65,6 +65,32 @@ def test_a_run_is_deleted_with_its_files_but_its_lora_only_where_that_is_asked_f
     assert list(host.runs_folder.iterdir()) == []
 
 
+def test_the_lora_that_another_run_of_the_name_wrote_just_before_or_after_is_not_deleted(host: FakeHost) -> None:
+    def made(number: int, *saves: tuple[str, int]) -> Run:
+        run = Run(host.lora_folder.parent, host, run=f"zzk-20261121-12000{number}")
+        for stem, step in saves:
+            run.save(stem, step, final=stem == "zzk")
+        run.record.close()
+        return run
+
+    def loras(run: Run) -> list[str]:
+        return [lora.name for lora in deletion(host.runs_folder, [run.folder.name], with_loras=True).loras]
+
+    before, under_test = made(1, ("zzk", 50)), made(2, ("zzk-000001", 50))
+    assert (loras(before), loras(under_test)) == (["zzk.safetensors"], ["zzk-000001.safetensors"])
+    after = made(3, ("zzk", 50))
+    assert (loras(before), loras(under_test), loras(after)) == ([], ["zzk-000001.safetensors"], ["zzk.safetensors"])
+
+
+def test_the_list_knows_at_once_that_a_save_is_gone(host: FakeHost) -> None:
+    written(host, 1)
+    assert listed(host.runs_folder)["runs"][0]["lora_size"] > 0
+    for path in host.lora_folder.glob("*.safetensors"):
+        path.unlink()
+    one = listed(host.runs_folder)["runs"][0]
+    assert (one["save"], one["lora_size"]) == ("", 0)
+
+
 def test_what_is_under_way_or_queued_to_go_on_is_not_deleted(host: FakeHost) -> None:
     under_way = Run(host.lora_folder.parent, host, run="zzk-20261121-120000")
     with pytest.raises(HostError):
