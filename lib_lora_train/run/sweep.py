@@ -18,6 +18,7 @@ from pathlib import Path, PurePath
 from lib_lora_train.errors import LoraTrainError, OutputError, SettingError
 from lib_lora_train.host.port import Host
 from lib_lora_train.records import from_plain
+from lib_lora_train.run.optimizing import check_optimizer
 from lib_lora_train.run.output import checked_name
 from lib_lora_train.run.planning import RunPlan, plan_job, result_path
 from lib_lora_train.settings import DECLARATIONS, Settings, flat, named, parse, refuse_unknown
@@ -112,6 +113,7 @@ def plan_all(runs: Sequence[SweepRun], host: Host) -> None:
     look = same_plans(lambda settings: plan_job(settings, host))
     for run in runs:
         with blamed(run.name):
+            check_optimizer(run.settings, built=True)  # for each: it looks at the rates
             look(run.settings)
             result_path(run.settings, host, None)
 

@@ -92,6 +92,14 @@ def test_all_runs_are_queued_or_none_and_each_run_knows_its_sweep(
     assert read_sweep(folder) == first.sweep and first.sweep.values == {"seed": "4"}
 
 
+def test_a_sweep_with_a_rate_that_its_optimizer_cannot_have_is_refused(
+        queue: RunQueue, fake_host: FakeHost, tmp_path: Path) -> None:
+    settings = {**BASE, "train_data_dir": str(images(tmp_path / "data")), "optimizer_type": "Prodigy", "learning_rate": 1.0}
+    with pytest.raises(SettingError) as refused:
+        enqueue_sweep(QueueRequest(settings=settings, axes={"learning_rate": [1.0, 1e-4]}), queue=queue, host=fake_host)
+    assert "zorbi-learning_rate_0.0001" in str(refused.value) and queue.entries() == ()
+
+
 def test_a_queue_of_before_sweeps_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queue_module, "_POLL_SECONDS", 1e6)
     old = {"id": "1", "name": "one", "checkpoint": "", "not_before": 0.0, "idle_minutes": 0.0, "state": "done", "run": "",
