@@ -133,7 +133,7 @@ def _add(chosen: argparse.Namespace) -> int:
     given, notes = given_values(chosen)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    values = {name: str(Path(str(value)).absolute()) if DECLARATIONS[name].is_path and value else value
+    values = {name: str(Path(str(value)).absolute()) if value and DECLARATIONS[name].holds_path(str(value)) else value
               for name, value in flat(parse(given)).items()}  # it may be trained by a program in another folder
     queue, host, _ = _queue(chosen)
     host.lora_folder.mkdir(parents=True, exist_ok=True)

@@ -80,6 +80,15 @@ def test_while_another_program_has_the_queue_it_is_shown_and_not_changed(
     assert queue(loras, "remove", "one") == 0
 
 
+def test_what_is_added_can_be_trained_from_another_folder(
+        loras: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a girl\n")
+    assert add(loras, images, "one", "--set", "sample_prompts=prompts.txt") == 0
+    kept = json.loads((loras / "runs" / FILE_NAME).read_text(encoding="utf-8"))["entries"][0]["settings"]
+    assert kept["sample_prompts"] == str(tmp_path / "prompts.txt")
+
+
 @pytest.mark.parametrize("arguments", [("move", "none", "1"), ("remove", "none"), ("retry", "none"), ("webhook", "ftp://x/y")])
 def test_what_is_not_there_or_not_possible_is_refused_in_a_sentence(
         loras: Path, images: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]):
