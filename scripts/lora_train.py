@@ -26,7 +26,7 @@ def register() -> None:
         app, runner=RUNNER, host=HOST, token=TOKEN, credentials=api.parse_credentials(users), api_enabled=enabled,
         program=about()))
     # "Reload UI" waits, at most 60 seconds, until a running job has saved and ended; a step and a save take less.
-    on_script_unloaded(lambda: RUNNER.stop(save=True) and RUNNER.wait(60.0))
+    on_script_unloaded(lambda: api.queue.stop_all(HOST, RUNNER) and RUNNER.wait(60.0))
 
 
 try:

@@ -73,6 +73,13 @@ def queue_for(host: Host, runner: Runner) -> RunQueue:
     return queue_on(host, runner)
 
 
+def stop_all(host: Host, runner: Runner) -> bool:
+    """Have the run under way keep what it learnt and end, and the queue begin nothing more until `add_routes` is called again;
+    whether there was a run."""
+    queue_for(host, runner).close()
+    return runner.stop(save=True)
+
+
 def add_routes(gate: Gate, queue: RunQueue, host: Host) -> None:
     """Add them, and go on with what was queued when the program ended last."""
     def add(method: str, name: str, answer: Callable[[QueueRequest], object], about: str) -> None:

@@ -86,6 +86,7 @@ class Results:
         self.tasks = Tasks("lora-train-results", owner="The results page")
         self._run = ""  # that the task is about
         runner.guard(self.refuse_training)
+        runner.guard_model(self.refuse_other_model)
 
     def folder(self, run: str) -> Path | None:
         """The folder of that run, of the newest for ""; None where there is none yet. Raises LoraFileError."""
@@ -205,7 +206,12 @@ class Results:
     def refuse_training(self, settings: Settings) -> None:
         """Raise HostError for a training that would find the model in use by a grid. A host that shares it lets the training
         wait its turn."""
-        if self.tasks.with_model() and not self.host.shares_model():
+        if not self.host.shares_model():
+            self.refuse_other_model()
+
+    def refuse_other_model(self) -> None:
+        """Raise HostError while a grid is painted: all of it is painted on one model."""
+        if self.tasks.with_model():
             raise HostError("The training cannot start now", why="the grid of a run is being painted",
                             remedy="wait for it or stop it first")
 

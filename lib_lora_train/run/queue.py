@@ -10,23 +10,23 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
 import secrets
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lib_lora_train.errors import HostError, LoraTrainError, OutputError, SettingError, translated
-from lib_lora_train.host.port import ModelSource, same_title
+from lib_lora_train.host.port import Host, same_title
 from lib_lora_train.run.background import Failure
 from lib_lora_train.run.queue_file import FILE_NAME, Entry, State, read_or_keep
 from lib_lora_train.run.record import new_folder, past_run, step_to_resume
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.run.sweep import Sweep, blamed
-from lib_lora_train.settings import Settings, flat
+from lib_lora_train.settings import Settings, flat, parse
 from lib_lora_train.storage.atomic import write_atomic
 from lib_lora_train.storage.lock import is_locked, lock_run
 
@@ -44,7 +44,7 @@ Start = Callable[[Entry, Path], object]
 class RunQueue:
     """The queue in a folder of runs. `start` is called in its own thread, on a host with the entry's model."""
 
-    def __init__(self, host: ModelSource, runner: Runner, runs_folder: Path, *, start: Start,
+    def __init__(self, host: Host, runner: Runner, runs_folder: Path, *, start: Start,
                  failed: Callable[[Entry], None] = lambda entry: None, watch: bool = True,
                  clock: Callable[[], float] = time.time) -> None:
         """`failed` is told of one that could not begin. Without `watch` nothing begins but by `check`."""
@@ -63,24 +63,25 @@ class RunQueue:
         self._begun = ""  # the id of the entry whose run began last
 
     def open(self) -> None:
-        """Read the queue, and begin to work on it where something waits. Does nothing the second time, and where there is no
+        """Read the queue, and begin to work on it where something waits. Does nothing while it is open, and where there is no
         queue. Raises HostError where another process works on it."""
         with self._lock:
             if not self._opened and (self._runs / FILE_NAME).exists():
                 self._load()
 
     def close(self) -> None:
-        """Stop working on it; the run under way goes on."""
+        """Stop working on it until it is opened or changed again: nothing more begins, the run under way goes on."""
         with self._lock:
             self._closed.set()
             if self._process_lock is not None:
                 self._process_lock.release()
-                self._process_lock = None
+            self._opened, self._process_lock = False, None
 
     def entries(self) -> tuple[Entry, ...]:
         """All of them, in order."""
         with self._lock:
-            self._note_ended()
+            if self._opened:
+                self._note_ended()
             return tuple(self._entries)
 
     def entry(self, entry_id: str) -> Entry:
@@ -115,7 +116,8 @@ class RunQueue:
 
     def _add(self, runs: Sequence[tuple[Settings, Sweep | None]], checkpoint: str, not_before: float, idle_minutes: float
              ) -> tuple[Entry, ...]:
-        if not (math.isfinite(idle_minutes) and 0 <= idle_minutes <= 24 * 60):
+        if not 0 <= idle_minutes <= 24 * 60:
+            idle_minutes = min(max(idle_minutes, -1e9), 1e9)  # an integer may be too large to be shown as a float
             raise SettingError(f"{idle_minutes:g} minutes without generations cannot be waited for", remedy="say 0 to 1440")
         with self._changed():
             entries = tuple(Entry(secrets.token_hex(4), settings.save.output_name, checkpoint, not_before, idle_minutes,
@@ -177,6 +179,8 @@ class RunQueue:
     def check(self) -> None:
         """One look: note how the last run ended, and begin the next one where its time has come."""
         with self._lock:
+            if not self._opened:
+                return
             self._note_ended()
             if not self._runner.running() and not self._host.idle():
                 self._used_at = self._clock()
@@ -196,33 +200,45 @@ class RunQueue:
             if entry is not None:
                 self._begin(entry, folder)
             elif self._starting:
-                self._restore_choice()
+                with contextlib.suppress(HostError):  # it is needed until a task ends: at a later look
+                    self._runner.refuse_other_model()
+                    self._restore_choice()
         finally:
             self._starting = ""
 
     def refuse_others(self, _: Settings) -> None:
-        """Raises HostError where a run of the queue is about to begin, in another thread: it may be loading its checkpoint."""
-        if self._starting and self._starter != threading.get_ident():
+        """Raises HostError where a run of the queue is about to begin, in another thread: it may be loading its checkpoint; and
+        for that run itself where the queue was closed meanwhile."""
+        if self._starting and (self._starter != threading.get_ident() or not self._opened):
             raise HostError("A queued run is about to begin", remedy="wait for it, or hold the queue")
 
     def _begin(self, entry: Entry, folder: Path) -> None:
         try:
             with translated("starting a queued run"):
-                self._choose(entry.checkpoint)
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with this one, the next has its turn
-            self._ended(entry, "failed", error)
-            return
-        try:
-            with translated("starting a queued run"):
+                # What must end first objects before the model is changed.
+                self._runner.refuse(parse(entry.settings), other_model=not self._holds(entry.checkpoint))
+                try:
+                    with translated("starting a queued run"):
+                        self._choose(entry.checkpoint)
+                except Exception as error:  # noqa: BLE001 - it is not here, or damaged: no reason to wait
+                    self._ended(entry, "failed", error)
+                    return
                 self._begun = entry.id
                 self._start(entry, folder)
         except HostError as error:  # somebody pressed Train, or other work must end first: the next may be luckier
             later = self._clock() + _AGAIN_SECONDS
             self._ended(dataclasses.replace(entry, run=entry.run if entry.resumes else "", not_before=later), "waiting", error)
-        except Exception as error:  # noqa: BLE001 - as above
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with this one, the next has its turn
             self._ended(entry, "failed", error)
 
+    def _holds(self, checkpoint: str) -> bool:
+        """Whether the host holds the model that an entry of this checkpoint trains on."""
+        loaded, wanted = self._host.checkpoint(), checkpoint or self._before_choice
+        return not wanted or loaded is not None and same_title(loaded.title, wanted)
+
     def _ended(self, entry: Entry, state: State, error: Exception) -> None:
+        if not self._opened:  # closed meanwhile: marked as running and never begun, it waits when the queue is read again
+            return
         entry = dataclasses.replace(entry, state=state, message=Failure.of(error, name="The start").message)
         with self._changed():
             self._put(entry)
@@ -269,11 +285,12 @@ class RunQueue:
                 log.warning("The model of before the queue could not be chosen again: %s", error)
 
     def _check_name(self, entry: Entry) -> None:
-        def target(settings: Mapping[str, Any]) -> tuple[object, object]:
-            return os.path.normcase(str(settings.get("output_name"))), settings.get("output_dir")
+        def target(settings: Mapping[str, Any]) -> str:
+            folder = os.path.realpath(settings.get("output_dir") or self._host.lora_folder)
+            return os.path.normcase(os.path.join(folder, unicodedata.normalize("NFC", str(settings.get("output_name")))))
 
         others = [(other.settings, "is in the queue") for other in self._entries if other.open and other.id != entry.id]
-        if self._runner.running():
+        if self._runner.running() and self._runner.saves():
             others.append((self._runner.settings(), "is being trained"))
         for settings, doing in others:
             if target(settings) == target(entry.settings):
@@ -314,12 +331,12 @@ class RunQueue:
                 raise HostError("The queue cannot be changed here", why="another program works on it",
                                 remedy="use that one, or close it") from None
             self._entries, self._held = read_or_keep(self._runs)
-            self._opened, self._process_lock = True, lock
+            self._opened, self._process_lock, self._closed = True, lock, threading.Event()
         if self._watches:
-            threading.Thread(target=self._watch, name="lora-train-run-queue", daemon=True).start()
+            threading.Thread(target=self._watch, args=[self._closed], name="lora-train-run-queue", daemon=True).start()
 
-    def _watch(self) -> None:
-        while not self._closed.wait(_POLL_SECONDS):
+    def _watch(self, closed: threading.Event) -> None:
+        while not closed.wait(_POLL_SECONDS):
             try:
                 self.check()
             except Exception:

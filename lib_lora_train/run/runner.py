@@ -65,8 +65,8 @@ class Status:
 class _Run:
     """The mutable state of the one run; every access is under the runner's lock."""
 
-    def __init__(self, name: str, requested: Settings, record: RunRecord) -> None:
-        self.name, self.requested, self.record = name, requested, record
+    def __init__(self, name: str, requested: Settings, record: RunRecord, *, saves: bool) -> None:
+        self.name, self.requested, self.record, self.saves = name, requested, record, saves
         self.started = time.time()
         self.planned: events.Planned | None = None
         self.stage: events.Stage | None = None
@@ -133,11 +133,28 @@ class Runner:
         self._tasks: TaskRunner[events.Finished] = TaskRunner("lora-train")
         self._run: _Run | None = None
         self._guards: list[Callable[[Settings], None]] = []
+        self._model_guards: list[Callable[[], None]] = []
         self._samples_wanted, self._save_wanted, self._paused = threading.Event(), threading.Event(), threading.Event()
 
     def guard(self, check: Callable[[Settings], None]) -> None:
         """Have `check` asked before each start: it raises HostError where something else is under way that must end first."""
         self._guards.append(check)
+
+    def guard_model(self, check: Callable[[], None]) -> None:
+        """Have `check` asked before the queue has the host hold another model: it raises HostError where this must wait."""
+        self._model_guards.append(check)
+
+    def refuse(self, settings: Settings, *, other_model: bool = False) -> None:
+        """Raise HostError where a guard objects to a run with these settings, or to `other_model` being held for it."""
+        for check in self._guards:
+            check(settings)
+        if other_model:
+            self.refuse_other_model()
+
+    def refuse_other_model(self) -> None:
+        """Raise HostError where something is under way that needs the model that is held."""
+        for check in self._model_guards:
+            check()
 
     def start(self, plan: RunPlan, host: Host, *, requested: Settings | None = None, folder: Path | None = None,
               recorded: Callable[[Path], None] | None = None, job: Callable[..., events.Finished] | None = None) -> str:
@@ -149,15 +166,14 @@ class Runner:
         """
         settings = plan.settings
         checked_name(settings.save.output_name)  # it names the run's folder
-        for check in self._guards:
-            check(settings)
+        self.refuse(settings)
         with self._lock:
             self._tasks.check_idle(_BUSY)
             # It goes on where it was, unless that is somebody else's folder: there only the state is read.
             old = run_folder(settings.save.resume, host.runs_folder) if settings.save.resume else None
             folder = old or folder or new_folder(host.runs_folder, settings.save.output_name)
             record = RunRecord(folder, settings)
-            run = _Run(settings.save.output_name, requested or settings, record)
+            run = _Run(settings.save.output_name, requested or settings, record, saves=plan.saves)
             job = functools.partial(job or run_job, plan, host, report=functools.partial(self._report, run, host),
                                     stop=functools.partial(self._stop_wanted, host), folder=folder,
                                     sample_now=functools.partial(_requested, self._samples_wanted),
@@ -234,6 +250,11 @@ class Runner:
         """The settings that the user chose for the current or last run, by name; {} before the first."""
         with self._lock:
             return dict(flat(self._run.requested)) if self._run else {}
+
+    def saves(self) -> bool:
+        """Whether the current or last run writes a LoRA; the search for a learning rate does not."""
+        with self._lock:
+            return self._run is not None and self._run.saves
 
     def _report(self, run: _Run, host: Host, event: events.Event) -> None:
         with self._lock:

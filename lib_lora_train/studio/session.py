@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lib_lora_train.dataset.findings import DatasetReport
 from lib_lora_train.dataset.plan import plain_folder_repeats
@@ -51,6 +51,7 @@ class Studio:
         self._listed: tuple[object, list[tuple[str, int]]] | None = None
         self._tokenizer: Tokenizer | None = None
         runner.guard(self.refuse_training)
+        runner.guard_model(self.refuse_other_model)
 
     # ---- which dataset
 
@@ -318,8 +319,16 @@ class Studio:
             read = (settings.dataset.train_data_dir, settings.dataset.reg_data_dir)
             ours = session is not None and any(path and _overlap(path, session.dataset.folder) for path in read)
         if ours or self.tasks.with_model():
-            raise HostError("The training cannot start now", why=f"the studio is busy ({self.tasks.name()})",
-                            remedy="wait for it or stop it first")
+            self._refuse_busy()
+
+    def refuse_other_model(self) -> None:
+        """Raise HostError while a task uses the model."""
+        if self.tasks.with_model():
+            self._refuse_busy()
+
+    def _refuse_busy(self) -> NoReturn:
+        raise HostError("The training cannot start now", why=f"the studio is busy ({self.tasks.name()})",
+                        remedy="wait for it or stop it first")
 
     # ---- paths from outside
 

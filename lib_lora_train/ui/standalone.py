@@ -69,6 +69,7 @@ def serve(host: Host, *, port: int, address: str = "127.0.0.1", auth: str = "") 
     terminal.raise_on_interrupt()
     with contextlib.suppress(KeyboardInterrupt):  # the server raises again what ended it
         server.run(sockets=[listener])
+    api.queue.queue_for(host, RUNNER).close()  # first, so that nothing begins when the run has ended
     RUNNER.finish()
 
 

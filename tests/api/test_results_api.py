@@ -221,6 +221,8 @@ def test_a_grid_does_not_begin_while_a_training_has_the_model_unless_the_host_sh
     desk.host.shares_model = lambda: True
     assert desk.post("grid", run=desk.id).status_code == 200
     assert grid.began.wait(60)
+    with pytest.raises(HostError):
+        desk.runner.refuse_other_model()
     desk.runner.stop(save=False)
     assert desk.runner.wait(60)
     assert desk.start("again").status_code == 200

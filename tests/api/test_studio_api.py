@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from lib_lora_train import api
-from lib_lora_train.errors import Interrupted
+from lib_lora_train.errors import HostError, Interrupted
 from lib_lora_train.run.planning import plan_dataset
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import parse
@@ -585,6 +585,8 @@ def test_no_training_starts_while_the_studio_has_the_model(desk: Desk, job: Fake
     assert began.wait(60)
     refused = asked_to_train(desk, desk.folder / "sources")
     assert refused.status_code == 409 and "Checking captions" in refused.json()["error"]
+    with pytest.raises(HostError):
+        desk.runner.refuse_other_model()
     go_on.set()
     assert desk.studio.tasks.wait(60)
     train_on(desk, desk.folder / "sources")

@@ -27,13 +27,24 @@ class Killed(BaseException):
 class NoRunner:
     """Runs nothing; who wants something running says so."""
 
-    busy = False
+    busy, needs_model, writes = False, False, True
+
+    def refuse(self, settings: Settings, *, other_model: bool = False) -> None:
+        if other_model:
+            self.refuse_other_model()
+
+    def refuse_other_model(self) -> None:
+        if self.needs_model:
+            raise HostError("The grid is being painted")
+
+    def saves(self) -> bool:
+        return self.writes
 
     def running(self) -> bool:
         return self.busy
 
     def settings(self) -> dict[str, object]:
-        return {}
+        return {"output_name": "trained"}
 
 
 class OneModel(ModelSource):
@@ -41,6 +52,7 @@ class OneModel(ModelSource):
 
     def __init__(self) -> None:
         self.title, self.chosen, self.used = "first", [], False
+        self.lora_folder = Path("loras")
 
     def checkpoint(self) -> Checkpoint:
         return Checkpoint(self.title, self.title, "sd1")
@@ -173,6 +185,52 @@ def test_each_trains_on_its_own_model_and_the_first_is_back_at_the_end(world: Wo
     queue.close()
 
 
+def test_the_model_is_not_changed_while_something_needs_it(world: World) -> None:
+    queue = world.queue()
+    queue.add(run("other"), checkpoint="second")
+    queue.add(run("same"), checkpoint="first")
+    world.runner.needs_model = True
+    work(queue, 2)
+    assert (list(world.begun), world.host.chosen) == (["same"], [])
+    world.runner.needs_model, world.now = False, world.now + 61
+    queue.check()
+    assert world.begun["other"] == 1
+    world.runner.needs_model = True
+    queue.check()
+    assert world.host.title == "second"  # the user's is back when nothing needs this one
+    world.runner.needs_model = False
+    queue.check()
+    assert world.host.title == "first"
+    queue.close()
+
+
+def test_a_closed_queue_begins_nothing_until_it_is_opened_again(world: World) -> None:
+    queue = world.queue()
+    queue.add(run("one"))
+    queue.close()
+    queue.check()
+    assert not world.begun
+    queue.open()
+
+    def closed_meanwhile() -> None:  # between its choice and its start, as in `Runner.start`
+        queue.close()
+        queue.refuse_others(Settings())
+
+    world.kill = closed_meanwhile
+    queue.check()
+    world.kill = lambda: None
+    queue.open()
+    work(queue, 2)
+    assert ([entry.state for entry in queue.entries()], world.begun) == (["done"], {"one": 1})
+    queue.close()
+
+
+@pytest.mark.parametrize("minutes", [-1, 1441, float("nan"), float("inf"), 10**400], ids=["-1", "1441", "nan", "inf", "10^400"])
+def test_a_wait_that_cannot_be_is_refused(world: World, minutes: float) -> None:
+    with pytest.raises(SettingError):
+        world.queue().add(run("one"), idle_minutes=minutes)
+
+
 def test_a_model_that_the_user_chose_meanwhile_stays(world: World) -> None:
     queue = world.queue()
     queue.add(run("one"), checkpoint="second [0123456789]")
@@ -288,6 +346,14 @@ def test_two_runs_never_write_one_file(world: World) -> None:
         queue.add(run("one"))
     with pytest.raises(OutputError):
         queue.edit(other.id, run("one"))
+    world.runner.busy, loras = True, world.host.lora_folder
+    with pytest.raises(OutputError):
+        queue.add(run("trained"))
+    world.runner.writes = False  # the search for its learning rate
+    queue.remove(queue.add(run("trained")).id)
+    for spelt in (loras, loras.absolute(), loras / ".." / loras.name):
+        with pytest.raises(OutputError):
+            queue.add(parse({"output_name": "one", "output_dir": str(spelt)}))
     assert [entry.name for entry in queue.entries()] == ["one", "two"]
     queue.close()
 
