@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lib_lora_train.errors import SettingError
+from lib_lora_train.errors import OutputError, SettingError
+from lib_lora_train.run.output import checked_name
 from lib_lora_train.settings import Settings, named
 from lib_lora_train.training.optimizer_kinds import install_command
 
@@ -17,7 +18,10 @@ TITLES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases"}
 
 
 def check_trackers(settings: Settings) -> None:
-    """Raise SettingError where a tracker that is chosen cannot be used here: its package is missing, or it has no key."""
+    """Raise SettingError where a tracker that is chosen cannot be used here: its package is missing, or it has no key;
+    and where a part of its folder's name is no plain name, and might lead elsewhere."""
+    if settings.tracking.chosen:
+        _check_names(settings)
     for package in settings.tracking.chosen:
         if importlib.util.find_spec(package) is None:
             raise SettingError(f"{TITLES[package]} needs the Python package {package}, which is not installed",
@@ -26,6 +30,17 @@ def check_trackers(settings: Settings) -> None:
     if "wandb" in settings.tracking.chosen and not _has_key():
         raise SettingError("Weights & Biases has no key on this machine",
                            remedy="run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline to send nothing")
+
+
+def _check_names(settings: Settings) -> None:
+    prefix, project = settings.tracking.log_prefix, settings.tracking.log_tracker_name
+    for name, value, folder in (("log_prefix", prefix, f"{prefix}20000101000000"),  # the time follows it
+                                ("log_tracker_name", project, project or "0")):
+        try:
+            checked_name(folder)
+        except OutputError as error:
+            raise SettingError(f"{named(name)} cannot be {value!r}", why="it becomes a part of a folder's name",
+                               remedy="write a plain name such as my_character") from error
 
 
 def _has_key() -> bool:

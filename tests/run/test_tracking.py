@@ -14,6 +14,7 @@ import pytest
 from lib_lora_train import events
 from lib_lora_train.errors import SettingError
 from lib_lora_train.run import tracking as tracking_module
+from lib_lora_train.run.tracker_checks import check_trackers
 from lib_lora_train.run.tracking import BackgroundTracker, TrackerEntry
 from lib_lora_train.settings import kohya, parse
 from lib_lora_train.settings.importing import import_file
@@ -114,6 +115,15 @@ def test_a_tracker_whose_package_is_missing_or_that_has_no_key_is_refused_before
     with pytest.raises(SettingError, match="wandb login"):
         run(settings(images, log_with="wandb"), host)
     assert not list(host.lora_folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["log_prefix", "log_tracker_name"])
+@pytest.mark.parametrize("value", ["/tmp/x", "../../x", "a/b", "C:x", "a\\b", "CON.", ".."])
+def test_a_part_of_a_trackers_folder_is_a_plain_name_so_that_it_stays_in_the_folder(name, value):
+    chosen = {"log_with": "tensorboard", "logging_dir": "logs"}
+    with pytest.raises(SettingError, match=name):
+        check_trackers(parse({**chosen, name: value}))
+    check_trackers(parse({name: value}))  # nothing is written
 
 
 def test_a_key_in_a_file_of_kohyas_is_not_taken_and_not_shown(tmp_path):
