@@ -117,7 +117,7 @@ def keep_webhook(address: str, *, host: Host) -> dict[str, str]:
                            remedy="set it on the machine itself: python -m lib_lora_train queue webhook "
                            "ADDRESS --runs FOLDER, the folder with queue.json in it")
     webhook_of(host.runs_folder).keep(address)
-    if address:
+    if address.strip():
         webhook_of(host.runs_folder).test()
     return webhook(host)
 

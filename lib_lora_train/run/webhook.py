@@ -1,7 +1,8 @@
 """The notice that a run has ended, to an address of the user's: a chat's webhook, or a program of their own.
 
-The address is kept beside the queue in `webhook.json`, since it belongs to this machine and to no recipe; it mostly holds a
-secret, and is never shown whole. What is sent names no folder of the disk.
+The address is kept beside the queue, since it belongs to this machine and to no recipe; it mostly holds a secret, and is never
+shown whole. The file is `webhook-….json` with a random part: WebUIs serve the folder it is in to whoever knows a file's name,
+but list none. What is sent names no folder of the disk.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import http.client
 import json
 import logging
+import secrets
 import threading
 import urllib.error
 import urllib.request
@@ -19,13 +21,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from lib_lora_train import __version__
-from lib_lora_train.errors import HostError, SettingError, translated
+from lib_lora_train.errors import HostError, OutputError, SettingError, translated
 from lib_lora_train.run.diagnostics import Private
 from lib_lora_train.run.record import past_run, read_settings
 from lib_lora_train.storage.atomic import remove, write_atomic
 
 log = logging.getLogger(__name__)
-FILE_NAME = "webhook.json"
+FILE_NAMES, _GUESSED = "webhook*.json", "webhook.json"  # the latter was the name at first
 _TIMEOUT, _TRIES, _MOST_TEXT = 10.0, 2, 1800  # seconds; Discord takes 2000 letters
 
 
@@ -59,14 +61,22 @@ class Webhook:
     """The address that is kept in a folder of runs. `problem` is why the last notice did not arrive, "" if it did."""
 
     def __init__(self, runs: Path) -> None:
-        self._file, self.problem = runs / FILE_NAME, ""
+        self._runs, self.problem = runs, ""
         self._last: threading.Thread | None = None
 
     def address(self) -> str:
         """The address, "" for none."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return _checked(str(json.loads(self._file.read_text(encoding="utf-8"))["webhook"]))
+            for file in self._files():
+                address = _checked(str(json.loads(file.read_text(encoding="utf-8"))["webhook"]))
+                if file.name == _GUESSED:
+                    with contextlib.suppress(OutputError):
+                        self.keep(address)
+                return address
         return ""
+
+    def _files(self) -> list[Path]:
+        return sorted(self._runs.glob(FILE_NAMES))
 
     def shown(self) -> str:
         """The address without what may be secret in it."""
@@ -75,15 +85,15 @@ class Webhook:
 
     def keep(self, address: str) -> None:
         """Keep another address, or with "" none. Raises SettingError for what is none, OutputError."""
-        data = json.dumps({"webhook": _checked(address)}).encode()
-        self.problem = ""
+        address, self.problem = _checked(address), ""
         with translated("the webhook was kept"):
-            if not address:
-                remove(self._file)
-                return
-            write_atomic(self._file, data)
-            with contextlib.suppress(OSError):
-                self._file.chmod(0o600)
+            before, file = self._files(), self._runs / f"webhook-{secrets.token_urlsafe(24)}.json"
+            if address:
+                write_atomic(file, json.dumps({"webhook": address}).encode())
+                with contextlib.suppress(OSError):
+                    file.chmod(0o600)
+            for old in before:
+                remove(old)
 
     def send(self, told: Notice | Path) -> None:
         """Send a notice, or that of the end of the run in a folder, in a thread of its own. Nothing where there is no address;
@@ -115,15 +125,27 @@ class Webhook:
             try:
                 request = urllib.request.Request(address, data=notice.body(), headers={
                     "Content-Type": "application/json", "User-Agent": f"train-lora/{__version__}"})
-                with urllib.request.urlopen(request, timeout=_TIMEOUT):
+                with _OPENER.open(request, timeout=_TIMEOUT):
                     self.problem = ""
                     return
             except urllib.error.HTTPError as error:
                 self.problem = f"the server answers {error.code}"
                 error.close()
-            except (OSError, http.client.HTTPException, ValueError) as error:
+            except OSError as error:
                 self.problem = str(getattr(error, "reason", "") or error) or type(error).__name__
+            except (http.client.HTTPException, ValueError) as error:  # whose texts may hold the address
+                self.problem = type(error).__name__
         log.warning("The notice of %s could not be sent to %s: %s", notice.name, self.shown(), self.problem)
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: it would be followed with a GET, which tells nobody anything."""
+
+    def redirect_request(self, *_: object) -> None:
+        """None, so that the answer raises HTTPError."""
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 @functools.lru_cache(maxsize=16)
@@ -133,13 +155,15 @@ def webhook_of(runs: Path) -> Webhook:
 
 
 def _checked(address: str) -> str:
+    address = address.strip()
     try:
-        found = urlsplit(address.strip())
+        found = urlsplit(address)
         found.port  # noqa: B018 - raises ValueError for what is no number
-        usable = not address or bool(found.scheme in ("http", "https") and found.hostname) and address.isprintable()
+        plain = address.isascii() and address.isprintable() and " " not in address and "@" not in found.netloc
+        usable = not address or bool(found.scheme in ("http", "https") and found.hostname) and plain
     except ValueError:
         usable = False
     if not usable:
-        raise SettingError("The webhook is no address", why="it must begin with https or http",
-                           remedy="copy it from the chat's settings")
-    return address.strip()
+        raise SettingError("The webhook is no address", why="it must begin with https or http, without a user, spaces or "
+                           "letters that are not ASCII", remedy="copy it from the chat's settings")
+    return address

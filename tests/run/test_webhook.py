@@ -8,7 +8,9 @@ import queue
 import threading
 from collections.abc import Iterator
 
+import gradio
 import pytest
+from fastapi.testclient import TestClient
 
 from lib_lora_train.api import service
 from lib_lora_train.api.queue import QueueRequest, enqueue, keep_webhook, queue_for
@@ -33,6 +35,11 @@ class Chat:
             def do_POST(self) -> None:
                 chat.received.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
                 self.send_response(chat.answers.pop(0) if chat.answers else 204)
+                self.send_header("Location", "/elsewhere")
+                self.end_headers()
+
+            def do_GET(self) -> None:
+                self.send_response(200)
                 self.end_headers()
 
             def log_message(self, *_: object) -> None:
@@ -97,6 +104,37 @@ def test_it_is_tried_twice_and_a_server_that_is_gone_costs_one_warning_and_no_ru
         keep_webhook(chat.address, host=host)
 
 
+@pytest.mark.parametrize("status", [301, 302, 303])
+def test_a_notice_that_is_redirected_did_not_arrive(host, chat, status):
+    host.runs_folder.mkdir()
+    webhook = webhook_of(host.runs_folder)
+    webhook.keep(chat.address)
+    chat.answers = [status, status]
+    with pytest.raises(HostError, match=str(status)):
+        webhook.test()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gradio_serves_the_address_to_nobody_where_it_serves_the_folder(host, chat):
+    host.runs_folder.mkdir()
+    (host.runs_folder / "webhook.json").write_text(json.dumps({"webhook": chat.address}))  # as it was named at first
+    (host.runs_folder / "queue.json").write_text("{}")
+    assert webhook_of(host.runs_folder).address() == chat.address
+    with gradio.Blocks() as page:
+        gradio.Textbox()
+    page.allowed_paths, page.blocked_paths = [str(host.lora_folder.parent)], []
+    client = TestClient(gradio.routes.App.create_app(page))
+    assert client.get(f"/file={host.runs_folder}/queue.json").status_code == 200
+    assert client.get(f"/file={host.runs_folder}/webhook.json").status_code != 200
+    first, = (path.name for path in host.runs_folder.glob("webhook*"))
+    webhook_of(host.runs_folder).keep(chat.address)
+    second, = (path.name for path in host.runs_folder.glob("webhook*"))
+    assert first != second and min(map(len, (first, second))) > len("webhook-.json") + 31  # 192 bits as base64
+    assert webhook_of(host.runs_folder).address() == chat.address
+    webhook_of(host.runs_folder).keep("")
+    assert not list(host.runs_folder.glob("webhook*"))
+
+
 def test_a_queued_run_that_cannot_begin_is_told_too(host, chat):
     host.runs_folder.mkdir()
     webhook_of(host.runs_folder).keep(chat.address)
@@ -110,7 +148,8 @@ def test_a_queued_run_that_cannot_begin_is_told_too(host, chat):
     waiting.close()
 
 
-@pytest.mark.parametrize("address", ["file:///etc/passwd", "ftp://example.com/x", "discord.com/api", "https://", "http://[::1"])
+@pytest.mark.parametrize("address", ["file:///etc/passwd", "ftp://example.com/x", "discord.com/api", "https://", "http://[::1",
+                                     "https://user:word@example.com/x", "https://example.com/a b", "https://example.com/é"])
 def test_an_address_that_is_none_is_refused_and_others_cannot_change_it(host, address, tmp_path):
     with pytest.raises(SettingError):
         keep_webhook(address, host=host)
