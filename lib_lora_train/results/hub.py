@@ -53,6 +53,9 @@ def push(shared: SharedLora, repository: str, *, private: bool, license_name: st
                  f"{shared.name}.safetensors": Path(made) / f"{shared.name}.safetensors"}
         with _told(repository):
             url = api.create_repo(repository, private=private, exist_ok=True)
+            if private and not api.repo_info(url.repo_id).private:
+                raise OutputError(f"The repository {url.repo_id} is there already and is public",
+                                  remedy="make it private on the hub, choose another name, or push it publicly")
             if not overwrite and set(api.list_repo_files(url.repo_id)) - {".gitattributes"}:
                 raise OutputError(f"The repository {url.repo_id} holds files already",
                                   remedy="choose another name, or allow it to be overwritten")

@@ -118,7 +118,7 @@ class Hub:
             return 200, {"files": [{"path": one["path"], "shouldIgnore": False, "uploadMode": "regular" if one[
                 "path"].endswith(".md") else "lfs"} for one in json.loads(body)["files"]]}
         if not rest:
-            return (200, {"id": name}) if name in self.repositories else (404, {"error": "not found"})
+            return (200, {"id": name, "private": self.private.get(name, False)}) if name in self.repositories else (404, {"error": "not found"})
         assert rest.startswith("commit/"), path
         for line in map(json.loads, body.decode().splitlines()):
             value = line["value"]
@@ -169,6 +169,13 @@ def test_a_repository_that_holds_files_is_not_written_to_unless_that_is_allowed(
     assert hub.repositories["me/zorbi"] == {"README.md": b"mine"}
     push(shared, "me/zorbi", private=True, overwrite=True)
     assert set(hub.repositories["me/zorbi"]) == {"README.md", "zzk.safetensors", "images/zzk-1.png"}
+
+
+def test_what_is_to_be_private_is_not_pushed_to_a_repository_that_is_public(run: Run, hub: Hub):
+    hub.repositories["me/zorbi"], hub.private["me/zorbi"] = {".gitattributes": b""}, False
+    with pytest.raises(OutputError, match="public"):
+        push(SharedLora.of(run.folder, SAVE), "me/zorbi", private=True)
+    assert set(hub.repositories["me/zorbi"]) == {".gitattributes"}
 
 
 @pytest.mark.parametrize(("refuse", "words"), [
