@@ -1,7 +1,8 @@
 """Several runs compared: in what they differ, what each is worth, and which is the best, as far as chance allows to say so.
 
 Runs that differ in their seed alone are one row: mean and standard deviation over the seeds. Of each run the save counts that
-is recommended of it. A difference below the standard deviation over the seeds is called none.
+is recommended of it, and a ruined run counts in no mean. A difference of two means that chance makes of the spread over seeds,
+by Student's t at 95 %, is called none.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lib_lora_train.run.image_record import read_images
 from lib_lora_train.run.record import past_run, read_settings
 from lib_lora_train.run.resume import FREE
 from lib_lora_train.run.sweep import read_sweep
+from lib_lora_train.settings import Settings, flat
 
 GAIN, LOSS = "held_out_gain", "held_out_loss"
 MEASURES = (*NAMES, GAIN, LOSS)
@@ -38,6 +40,10 @@ _LENGTH_AND_DATA = frozenset({
     "num_repeats", "early_stopping"})
 _NOT_COMPARED = FREE - _LENGTH_AND_DATA | {"seed"}
 CHECKPOINT = "checkpoint"  # among the settings in which rows differ
+# Student's t that 2.5 % are above, by degrees of freedom from 1 on:
+# https://www.itl.nist.gov/div898/handbook/eda/section3/eda3672.htm
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+            2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 Difference = Literal["", "none", "clear", "not known"]
 
 
@@ -92,7 +98,7 @@ class ImageChanges:
 @dataclasses.dataclass(frozen=True)
 class Row:
     """The runs of one row, which differ in their seed alone. `settings` are those in which rows differ. `difference` to the
-    best row: "none" is below the spread over seeds, "not known" where there is no spread."""
+    best row: "none" is within `chance`, "not known" where there is no spread."""
 
     runs: tuple[ComparedRun, ...]
     settings: Mapping[str, Any]
@@ -122,6 +128,8 @@ def compare(folders: Sequence[Path]) -> Comparison:
 
 def compare_runs(runs: Sequence[ComparedRun]) -> Comparison:
     """The comparison of runs that were read."""
+    defaults = flat(Settings())  # of settings that came after a run was recorded
+    runs = [dataclasses.replace(run, settings={**defaults, **run.settings}) if run.settings else run for run in runs]
     names = {name for one, other in itertools.pairwise(runs) for name in {**one.settings, **other.settings}
              if name not in _NOT_COMPARED and one.settings.get(name) != other.settings.get(name)}
     order = [name for name in dict.fromkeys(name for run in runs for name in run.settings) if name in names]
@@ -131,7 +139,7 @@ def compare_runs(runs: Sequence[ComparedRun]) -> Comparison:
         groups.setdefault(key, []).append(run)
     first = next((run.images for run in runs if run.images is not None), None)
     rows = [Row(tuple(group), {name: group[0].settings.get(name) for name in order},
-                {name: Measure.of([run.values.get(name) for run in group]) for name in MEASURES},
+                {name: Measure.of([run.values.get(name) for run in group if run.verdict != "ruined"]) for name in MEASURES},
                 _changes(first, group[0].images)) for group in groups.values()]
     measure = _measure(rows)
     ordered = sorted((row for row in rows if _usable(row, measure)), key=lambda row: (
@@ -141,7 +149,7 @@ def compare_runs(runs: Sequence[ComparedRun]) -> Comparison:
     best = ordered[0]
     rows = [dataclasses.replace(row, best=row is best, difference="" if row is best or not _usable(row, measure)
                                 else difference(best.measures[measure], row.measures[measure])) for row in rows]
-    return Comparison(tuple(rows), measure, _reason(best, ordered[1], measure, count=len(ordered)), _notes(runs, rows))
+    return Comparison(tuple(rows), measure, _reason(ordered, measure), _notes(runs, rows))
 
 
 def spread(one: Measure, other: Measure) -> float | None:
@@ -152,12 +160,28 @@ def spread(one: Measure, other: Measure) -> float | None:
     return math.sqrt(sum(freedom * deviation**2 for freedom, deviation in known) / sum(freedom for freedom, _ in known))
 
 
+def student(freedom: int) -> float:
+    """Student's t that 2.5 % are above, for so many degrees of freedom; above 30 by its series around the normal distribution."""
+    if freedom <= len(_STUDENT):
+        return _STUDENT[freedom - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+def chance(one: Measure, other: Measure) -> float | None:
+    """How far apart two means are by chance, 95 times in 100 at most, where only the seeds differ; None where no spread is
+    known."""
+    found = spread(one, other)
+    if found is None:
+        return None
+    return student(one.count + other.count - 2) * found * math.sqrt(1 / one.count + 1 / other.count)
+
+
 def difference(best: Measure, other: Measure) -> Difference:
-    """Whether two means differ by the spread over seeds or more."""
-    found = spread(best, other)
-    if found is None or best.mean is None or other.mean is None:
+    """Whether two means differ by more than `chance`."""
+    if best.mean is None or other.mean is None or (found := chance(best, other)) is None:
         return "not known"
-    return "none" if abs(best.mean - other.mean) < found else "clear"
+    return "none" if abs(best.mean - other.mean) <= found else "clear"
 
 
 def _measure(rows: Sequence[Row]) -> str:
@@ -167,27 +191,42 @@ def _measure(rows: Sequence[Row]) -> str:
 
 
 def _usable(row: Row, measure: str) -> bool:
-    return row.measures[measure].mean is not None and any(run.verdict != "ruined" for run in row.runs)
+    return row.measures[measure].mean is not None
 
 
-def _reason(best: Row, second: Row, measure: str, *, count: int) -> str:
-    one, other = best.measures[measure], second.measures[measure]
-    found = spread(one, other)
-    if measure == GAIN:
+def _leaves(row: Row) -> list[str]:
+    """The bounds that runs of a row leave."""
+    return sorted({text for run in row.runs for text in run.leaves})
+
+
+def _reason(ordered: Sequence[Row], measure: str) -> str:
+    """Why the first row is the best, against the next one of those that stay within all bounds as it does, or do not either."""
+    count, left = len(ordered), _leaves(ordered[0])
+    alike = [row for row in ordered if bool(_leaves(row)) == bool(left)]
+    if len(alike) == 1:
+        return f"Of {counted(count, 'setting')} it is the only one that stays within all bounds."
+    one, other = (row.measures[measure] for row in alike[:2])
+    found = chance(one, other)
+    if measure == GAIN and len(alike) < count:
+        said = [f"Of {counted(count, 'setting')} its loss on held-out pictures is the furthest below the base model's among those "
+                f"that stay within all bounds: by {one.mean:.1f} %, the next by {other.mean:.1f} %."]
+    elif measure == GAIN:
         said = [f"Of {counted(count, 'setting')} its loss on held-out pictures is the furthest below the base model's: by "
                 f"{one.mean:.1f} %, the next by {other.mean:.1f} %."]
-        shown = "" if found is None else f"{found:.1f} %"
+    elif len(alike) < count:
+        said = [f"Of {counted(count, 'setting')} it is the most like the held-out pictures among those that stay within all "
+                f"bounds: {one.mean:.3f}, the next {other.mean:.3f}."]
     else:
         said = [f"Of {counted(count, 'setting')} it is the most like the held-out pictures: {one.mean:.3f}, the next "
                 f"{other.mean:.3f}."]
-        shown = "" if found is None else f"{found:.3f}"
+    shown = "" if found is None else f"{found:.1f} %" if measure == GAIN else f"{found:.3f}"
     if found is None:
         said.append("With one seed no spread is known: the difference may be chance. Three seeds each would show it.")
     elif difference(one, other) == "none":
         said.append(f"There is no difference beyond the spread of seeds, {shown}.")
     else:
         said.append(f"The difference is larger than the spread of seeds, {shown}.")
-    if left := sorted({text for run in best.runs for text in run.leaves}):
+    if left:
         said.append(f"But none stays within all bounds: {' and '.join(left)}.")
     return " ".join(said)
 
@@ -203,7 +242,7 @@ def _notes(runs: Sequence[ComparedRun], rows: Sequence[Row]) -> tuple[str, ...]:
     if any(scored) and not all(scored):
         notes.append("Not all runs have a grid with scores; paint it for those that have none.")
     if any(run.verdict == "ruined" for run in runs):
-        notes.append("A ruined run is never the best.")
+        notes.append("Ruined runs count in no mean, and are never the best.")
     return tuple(notes)
 
 

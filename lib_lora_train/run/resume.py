@@ -46,7 +46,8 @@ FREE = frozenset({
     "save_every_n_epochs", "save_every_n_steps", "save_state", "save_state_every_n_minutes", "save_state_on_train_end",
     "resume", "training_comment", "preset", "yield_to_generations", "cuda_graphs", "num_repeats", "validation",
     "validate_every_n_steps", "early_stopping", "sample_images", "sample_prompts", "sample_every_n_steps",
-    "sample_every_n_epochs", "sample_at_first"})
+    "sample_every_n_epochs", "sample_at_first", "log_with", "logging_dir", "log_prefix", "log_tracker_name",
+    "wandb_run_name"})
 _DIFFERENT = "the result will not be that of an uninterrupted run."
 _END = 1 << 16  # bytes at each end of an image file that go into the fingerprint
 

@@ -16,13 +16,16 @@ from lib_lora_train.results.comparison import (
     GAIN,
     ComparedRun,
     Measure,
+    chance,
     compare,
     compare_runs,
     comparison_data,
     difference,
     spread,
+    student,
 )
 from lib_lora_train.run.image_record import FILE_NAME
+from lib_lora_train.settings import flat, parse
 from tests.fake_host import FakeHost
 from tests.results.written_run import Run
 
@@ -54,15 +57,52 @@ def test_the_spread_of_two_rows_is_pooled_by_degrees_of_freedom() -> None:
     assert Measure.of([None, math.nan]) == Measure()
 
 
+@pytest.mark.parametrize("freedom, expected", [(1, 12.706205), (4, 2.776445), (10, 2.228139), (30, 2.042272), (40, 2.021075),
+                                               (120, 1.979930)])
+def test_students_t_is_that_of_scipy(freedom: int, expected: float) -> None:
+    assert student(freedom) == pytest.approx(expected, abs=6e-4)  # scipy.stats.t.ppf(0.975, freedom)
+
+
 @pytest.mark.parametrize("apart, kind, words", [
-    (1.0, "clear", "larger than the spread"), (np.nextafter(1.0, 0), "none", "no difference beyond the spread of seeds"),
+    (2.3, "clear", "larger than the spread"), (2.2, "none", "no difference beyond the spread of seeds"),
     (0.0, "none", "no difference beyond the spread of seeds")])
-def test_a_difference_below_the_spread_is_none(apart: float, kind: str, words: str) -> None:
-    best = Measure(apart, 1.0, 3)
-    assert difference(best, Measure(0.0, 1.0, 3)) == kind
-    runs = [run(rate, seed, **{GAIN: mean + off}) for rate, mean in ((1, 8.0), (2, 8.0 + (kind == "clear") * 4))
-            for seed, off in enumerate((-1.0, 1.0))]
+def test_a_difference_that_chance_makes_of_the_spread_is_none(apart: float, kind: str, words: str) -> None:
+    # 2.776 * 1 * sqrt(2 / 3) = 2.267
+    assert difference(Measure(apart, 1.0, 3), Measure(0.0, 1.0, 3)) == kind
+    assert difference(Measure(0.6, 0.0, 2), Measure(0.6, 0.0, 2)) == "none"
+    runs = [run(rate, seed, **{GAIN: mean + off}) for rate, mean in ((1, 8.0), (2, 8.0 + apart))
+            for seed, off in enumerate((-1.0, 0.0, 1.0))]
     assert words in compare_runs(runs).reason
+
+
+def test_two_rows_of_the_same_are_called_different_once_in_twenty() -> None:
+    drawn = np.random.default_rng(1).normal(size=(4000, 5))
+    clear = sum(difference(Measure.of(row[:3].tolist()), Measure.of(row[3:].tolist())) == "clear" for row in drawn)
+    assert 0.04 < clear / len(drawn) < 0.06
+    assert chance(Measure.of([1.0]), Measure.of([3.0])) is None
+
+
+def test_the_best_within_the_bounds_is_compared_with_the_next_within_them() -> None:
+    runs = [run(rate, 1, likeness=value) for rate, value in ((1, 0.601), (2, 0.702), (3, 0.55))]
+    runs[1] = dataclasses.replace(runs[1], leaves=("it copies",))
+    reason = compare_runs(runs).reason
+    assert "among those that stay within all bounds: 0.601, the next 0.550" in reason and "0.702" not in reason
+    assert compare_runs(runs[:2]).reason == "Of 2 settings it is the only one that stays within all bounds."
+
+
+def test_a_ruined_seed_counts_in_no_mean() -> None:
+    runs = [run(1, 1, likeness=0.6), run(1, 2, likeness=0.62), run(2, 1, likeness=0.55),
+            dataclasses.replace(run(2, 2, likeness=0.9), verdict="ruined")]
+    found = compare_runs(runs)
+    assert found.rows[0].best and found.rows[1].measures["likeness"] == Measure(0.55, None, 1)
+
+
+def test_trackers_and_settings_that_an_older_record_lacks_make_no_other_row() -> None:
+    one, other = run(1e-4, 1, likeness=0.6), run(1e-4, 2, likeness=0.62)
+    other = dataclasses.replace(other, settings={**flat(parse(dict(other.settings))), "log_with": "wandb", "wandb_run_name": "x",
+                                                 "logging_dir": "x", "log_prefix": "x", "log_tracker_name": "x"})
+    row, = compare_runs([dataclasses.replace(one, settings={"learning_rate": 1e-4, "seed": 1, "network_dim": 8}), other]).rows
+    assert len(row.runs) == 2
 
 
 def test_with_one_seed_no_spread_is_known_and_a_ruined_run_is_never_the_best() -> None:
