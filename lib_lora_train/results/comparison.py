@@ -161,7 +161,7 @@ def spread(one: Measure, other: Measure) -> float | None:
 
 
 def student(freedom: int) -> float:
-    """Student's t that 2.5 % are above, for so many degrees of freedom; above 30 by its series around the normal distribution."""
+    """Student's t that 2.5 % are above, for so many degrees of freedom; above 30 by its series around the normal one."""
     if freedom <= len(_STUDENT):
         return _STUDENT[freedom - 1]
     z = statistics.NormalDist().inv_cdf(0.975)
@@ -208,8 +208,8 @@ def _reason(ordered: Sequence[Row], measure: str) -> str:
     one, other = (row.measures[measure] for row in alike[:2])
     found = chance(one, other)
     if measure == GAIN and len(alike) < count:
-        said = [f"Of {counted(count, 'setting')} its loss on held-out pictures is the furthest below the base model's among those "
-                f"that stay within all bounds: by {one.mean:.1f} %, the next by {other.mean:.1f} %."]
+        said = [f"Of {counted(count, 'setting')} its loss on held-out pictures is the furthest below the base model's among "
+                f"those that stay within all bounds: by {one.mean:.1f} %, the next by {other.mean:.1f} %."]
     elif measure == GAIN:
         said = [f"Of {counted(count, 'setting')} its loss on held-out pictures is the furthest below the base model's: by "
                 f"{one.mean:.1f} %, the next by {other.mean:.1f} %."]

@@ -99,8 +99,9 @@ def test_a_ruined_seed_counts_in_no_mean() -> None:
 
 def test_trackers_and_settings_that_an_older_record_lacks_make_no_other_row() -> None:
     one, other = run(1e-4, 1, likeness=0.6), run(1e-4, 2, likeness=0.62)
-    other = dataclasses.replace(other, settings={**flat(parse(dict(other.settings))), "log_with": "wandb", "wandb_run_name": "x",
-                                                 "logging_dir": "x", "log_prefix": "x", "log_tracker_name": "x"})
+    other = dataclasses.replace(other, settings={**flat(parse(dict(other.settings))), "log_with": "wandb",
+                                                 "wandb_run_name": "x", "logging_dir": "x",
+                                                 "log_prefix": "x", "log_tracker_name": "x"})
     row, = compare_runs([dataclasses.replace(one, settings={"learning_rate": 1e-4, "seed": 1, "network_dim": 8}), other]).rows
     assert len(row.runs) == 2
 
