@@ -10,7 +10,7 @@
 
     results.runs = function(app, compared) {
         const {make, button, count, tick, translated} = window.loraTrainStudio.parts;
-        const chosen = new Set(), list = make("div", {class: "ltr-runs", role: "list"}), bar = make("div", {class: "ltr-line ltr-runs-bar"});
+        const chosen = new Set(), list = make("div", {class: "ltr-runs", role: "list"}), bar = make("div", {class: "ltr-line"});
         const total = make("span", {class: "lts-quiet"}), more = button("Show more", () => load(), {id: "lora_train_runs_more"});
         const question = make("p", {id: "lora_train_runs_question"}), written = make("p", {class: "lts-quiet", translate: "no"});
         const loras = tick("Also the LoRAs that they wrote", false, () => ask(), "Without it no LoRA is touched.");
@@ -19,7 +19,7 @@
         const asking = make("div", {class: "ltr-asking", role: "alertdialog", "aria-labelledby": question.id, hidden: true,
             onkeydown: (event) => event.key === "Escape" && close(true)}, question, loras, written, make("div", {class: "lts-line"}, sure, cancel));
         const element = make("details", {class: "ltr-section", id: "lora_train_runs", ontoggle: () => element.open && renew()},
-            make("summary", {text: translated("All runs")}), bar, asking, list, more);
+            make("summary", {text: translated("All runs")}), bar, asking, make("div", {class: "ltr-runs-scroll"}, list, more));
         let entries = [], there = 0, seen = "", busy = false, wanted = 0, asked = 0, doomed = {};
 
         new IntersectionObserver((seenNow) => seenNow[seenNow.length - 1].isIntersecting && element.open && load()).observe(more);
