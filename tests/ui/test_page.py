@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,6 +170,15 @@ def test_runs_wait_in_the_queue_are_changed_and_ordered_and_train_one_after_anot
         told = served.page.evaluate("window.shown")
         assert {"The queue has ended | 2 done, 1 not", "The queue has ended | 3 done, 0 not"} <= set(told)
         assert {text.partition(" |")[0] for text in told} >= {"one: done", "three: stopped", "second: done"}
+        served.fill(name="four")
+        later = datetime.datetime.now() + datetime.timedelta(hours=12)
+        served.part("queue").locator("input[type=time]").fill(f"{later:%H:%M}")
+        served.part("queue_add").click()
+        expect(entries.nth(3)).to_contain_text("waits")
+        entries.nth(3).get_by_title("Take it out").press("Enter")
+        expect(entries).to_have_count(3)
+        expect(entries.nth(2).get_by_title("Take it out")).to_be_focused()
+        assert [text for text in served.page.evaluate("window.shown") if "queue" in text] == [t for t in told if "queue" in t]
         served.part("queue").get_by_text("Clear ended").click()
         expect(entries).to_have_count(0)
     finally:
@@ -465,6 +475,13 @@ def test_a_notice_of_the_end_comes_also_in_the_background_and_a_browser_that_ref
     page.evaluate("Object.defineProperty(window, 'isSecureContext', {value: true}); window.answer = 'granted'")
     box.check()
     expect(page.locator(".lora-train-notice-said")).to_be_empty()
+
+    asked: list[str] = []
+    page.route("**/queue/webhook", lambda route: (asked.append(route.request.method),
+                                                  route.fulfill(json={"webhook": "chat.example", "problem": ""})))
+    page.on("dialog", lambda dialog: dialog.accept() if dialog.type == "prompt" else dialog.dismiss())
+    with page.expect_event("dialog", lambda dialog: dialog.type == "confirm"):
+        served.part("webhook").click()  # to look, and OK
     served.fill()
     served.part("start").click()
     served.job.advance(3)
@@ -473,3 +490,4 @@ def test_a_notice_of_the_end_comes_also_in_the_background_and_a_browser_that_ref
     served.job.advance(97)
     page.wait_for_function("window.shown.length > 0")
     assert page.evaluate("window.shown") == ["zzk: done | zzk is ready."]
+    assert asked == ["GET"]

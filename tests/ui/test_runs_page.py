@@ -31,6 +31,10 @@ def written(host: FakeHost) -> None:
         run.sample(100, prompt="zzk girl")
         run.tell(events.Finished("done", "", "", 100, "healthy"))
         run.record.close()
+    finder = Run(host.lora_folder.parent, host, run="finder-20261120-120000", values={"output_name": "finder"})
+    finder.tell(events.Diagnosed(100, "rate", "A learning rate of 0.001 suits.", "learning_rate", "0.001"),
+                events.Finished("done", "", "", 100, ""))
+    finder.record.close()
 
 
 @pytest.fixture
@@ -49,8 +53,12 @@ def test_a_sweep_is_queued_and_runs_are_compared_used_again_and_deleted(served: 
     page = served.page
     page.get_by_text("3 Results", exact=True).click()
     served.part("runs").locator("summary").click()
-    expect(page.locator(".ltr-run")).to_have_count(4)
-    for mark in page.locator(".ltr-run-mark").all():
+    expect(page.locator(".ltr-run")).to_have_count(5)
+    found = page.locator(".ltr-run", has_text="learning rate found")
+    expect(found).to_contain_text("finder")
+    expect(found.get_by_role("button", name="Use these settings")).to_have_count(0)
+    marks = page.locator(".ltr-run", has_text="zzk").locator(".ltr-run-mark")
+    for mark in marks.all():
         mark.check()
     served.part("runs_compare").click()
     compared, rows = served.part("comparison"), page.locator(".ltr-table tbody tr")
@@ -90,7 +98,7 @@ def test_a_sweep_is_queued_and_runs_are_compared_used_again_and_deleted(served: 
     assert {entry.sweep.name for entry in queue_for(served.host, served.runner).entries()} == {"zorbi"}
 
     page.get_by_text("3 Results", exact=True).click()
-    for mark in page.locator(".ltr-run-mark").all()[1:]:
+    for mark in marks.all()[1:]:
         mark.uncheck()
     served.part("runs_delete").click()
     asking, loras = page.get_by_role("alertdialog", name=re.compile(r"^Delete 1 run .*MB are freed")), page.locator(".ltr-asking input")
@@ -106,6 +114,6 @@ def test_a_sweep_is_queued_and_runs_are_compared_used_again_and_deleted(served: 
     expect(loras).not_to_be_checked()
     expect(asking).not_to_contain_text("null")
     served.part("runs_sure").click()
-    expect(page.locator(".ltr-run")).to_have_count(3)
+    expect(marks).to_have_count(3)
     assert len(list(served.host.runs_folder.glob("zzk*"))) == 3
     assert len(list(served.host.lora_folder.glob("*.safetensors"))) == 4
