@@ -101,7 +101,8 @@ def test_a_sweep_is_queued_and_runs_are_compared_used_again_and_deleted(served: 
     for mark in marks.all()[1:]:
         mark.uncheck()
     served.part("runs_delete").click()
-    asking, loras = page.get_by_role("alertdialog", name=re.compile(r"^Delete 1 run .*MB are freed")), page.locator(".ltr-asking input")
+    asking = page.get_by_role("alertdialog", name=re.compile(r"^Delete 1 run .*MB are freed"))
+    loras = asking.get_by_role("checkbox")
     expect(served.part("runs_keep")).to_be_focused()
     loras.press("Space")
     expect(asking).to_contain_text(re.compile(r"zzk0\.000[13]-[12]\.safetensors"))
