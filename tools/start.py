@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
         return 130
     module = ["pytest", *on_all_cores()] if command == "test" else ["lib_lora_train", command]
     say({"test": "Running the tests", "demo": "Starting the demo", "ui": "Starting the page"}[command])
-    process = subprocess.Popen([str(python), "-m", *module, *rest], cwd=ROOT, env=variables())
+    process = subprocess.Popen([str(python), "-m", *module, *rest], cwd=ROOT, env=variables(offline=command == "test"))
     while True:
         try:
             return process.wait()
@@ -172,9 +172,10 @@ def works(python: Path, *, check: str = WHOLE) -> bool:
         return False
 
 
-def variables() -> dict[str, str]:
-    """The environment variables of whatever is run: no packages from elsewhere, no look at a hub, no statistics."""
-    ours = {"PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
+def variables(*, offline: bool = True) -> dict[str, str]:
+    """The environment variables of whatever is run: no packages from elsewhere, no statistics, and no look at a hub unless the
+    user may ask for one."""
+    ours = {"PYTHONNOUSERSITE": "1", "GRADIO_ANALYTICS_ENABLED": "False", **({"HF_HUB_OFFLINE": "1"} if offline else {})}
     foreign = ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")
     return {**{name: value for name, value in os.environ.items() if name not in foreign}, **ours}
 

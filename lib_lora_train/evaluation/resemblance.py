@@ -47,7 +47,7 @@ def patch_features(model: FrozenModel, latents: Tensor, *, clip_skip: int, dtype
 
 def resemblance(features: Tensor, others: Tensor) -> float:
     """The cosine between two images' features [C], not below 0: 1 is the same; unrelated images have about a half."""
-    return max(0.0, float(F.cosine_similarity(features, others, dim=0)))
+    return min(1.0, max(0.0, float(F.cosine_similarity(features, others, dim=0))))  # rounding can exceed 1
 
 
 class _Probe:

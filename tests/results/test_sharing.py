@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import yaml
+from huggingface_hub.utils import reset_sessions
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -118,7 +119,9 @@ class Hub:
             return 200, {"files": [{"path": one["path"], "shouldIgnore": False, "uploadMode": "regular" if one[
                 "path"].endswith(".md") else "lfs"} for one in json.loads(body)["files"]]}
         if not rest:
-            return (200, {"id": name, "private": self.private.get(name, False)}) if name in self.repositories else (404, {"error": "not found"})
+            if name not in self.repositories:
+                return 404, {"error": "not found"}
+            return 200, {"id": name, "private": self.private.get(name, False)}
         assert rest.startswith("commit/"), path
         for line in map(json.loads, body.decode().splitlines()):
             value = line["value"]
@@ -136,7 +139,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("HF_ENDPOINT", made.url)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", made.url)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # which the tests' command sets
+    reset_sessions()
     yield made
+    reset_sessions()
     made.server.shutdown()
     made.server.server_close()
 
