@@ -43,6 +43,7 @@ class Served(ServedPage):
         self.page.goto(self.url + query)
         self.page.get_by_text("2 Train", exact=True).click()
         expect(self.line("summary")).to_contain_text(re.compile(r"\w"))
+        expect(self.box("restored")).to_have_value("restored")
 
     def box(self, name: str):
         return self.page.locator(f"#lora_train_{name}").locator("input, textarea").first
@@ -231,6 +232,9 @@ def test_a_refusal_stands_beside_the_button_and_a_taken_name_can_be_overwritten(
     expect(served.part("overwrite_it")).to_be_hidden()
     expect(served.line("answer")).to_have_text("")
     served.box("output_name").fill("zzk")
+    served.box("output_name").blur()
+    # The plan of the name before is behind: its answer would take the refusal away.
+    expect(served.line("summary")).to_contain_text("Train will ask before replacing it")
     served.part("start").click()
     served.part("overwrite_it").click()
     expect(served.page.locator("#lora_train_live")).to_contain_text("zzk is ready.")
