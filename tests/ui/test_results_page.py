@@ -202,6 +202,8 @@ def test_a_verdict_is_applied_after_the_fields_are_filled_however_late_that_is(s
     shown.page.locator("#ltr").get_by_role("button", name="Apply").click()
     # Asked again meanwhile, the server answers without values, and then with a plan.
     expect(shown.part("summary").first).to_contain_text(re.compile(r"\w"))
+    while len(late) < 2:  # its own answer is on its way
+        shown.page.wait_for_timeout(50)
     route, answer = late
     route.fulfill(response=answer)
     rate = shown.page.locator("#lora_train_learning_rate input").first
