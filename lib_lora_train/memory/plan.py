@@ -4,8 +4,10 @@
 2. The UNet's blocks are checkpointed (computed again in backward instead of keeping what is inside), those that keep the most
    first, and no more than it takes.
 3. A batch is computed in microbatches of a half, a quarter, …: the same gradients from more kernels.
-4. On a GPU, what autograd still keeps lies in the CPU's memory.
-5. On a GPU, the UNet's weights are held in int8, and 1 to 4 again. It comes last because it changes what is learnt.
+4. On a GPU, and where the settings allow it, the weights of some of the UNet's blocks wait in the CPU's memory, no more than it
+   takes.
+5. On a GPU, what autograd still keeps lies in the CPU's memory.
+6. On a GPU, the UNet's weights are held in int8, and 1 to 5 again. It comes last because it changes what is learnt.
 
 What is predicted is the highest sum of bytes in use at any moment of a step, and that before the first step. `corrected` puts
 in its place what the first step really took. The constants stand for what no shape tells.
@@ -21,13 +23,15 @@ import torch
 from torch import Tensor
 
 from lib_lora_train.dataset.progress import ShouldStop
-from lib_lora_train.errors import Interrupted
+from lib_lora_train.errors import Interrupted, counted
 from lib_lora_train.inputs import text, vae_batches
 from lib_lora_train.memory.estimate import Block, Workload, blocks_of, peak_bytes
 from lib_lora_train.memory.step_config import BaseDtype, Part, StepConfig
 from lib_lora_train.model.architecture import Architecture
+from lib_lora_train.model.ops.block_swap import block_of, spread
 from lib_lora_train.model.ops.quantised import is_kernel
 from lib_lora_train.model.sd.components import unet_tensors, vae_tensors
+from lib_lora_train.model.sd.unet import swappable
 from lib_lora_train.settings import MemorySettings, named
 
 GIGABYTE = 1 << 30
@@ -57,6 +61,7 @@ class MemoryPlan:
     flops          of `config.microbatch` images; `checkpointed_flops` are those that are computed a second time,
                    `preservation_flops` those that hold the LoRA to the base model's predictions
     blocks         all blocks that can be checkpointed
+    swappable      number of blocks whose weights could wait on the CPU; 0 without a GPU
     settings       what the user asked for; `resumed_base_dtype` is what a run that goes on has held the model in
     measured       bytes that the first step really took; 0 before it
     """
@@ -74,6 +79,7 @@ class MemoryPlan:
     sampling: int = 0
     measured: int = 0
     preservation_flops: float = 0.0
+    swappable: int = 0
 
     @property
     def bytes(self) -> int:
@@ -123,6 +129,11 @@ class MemoryPlan:
                 f"The model is held in eight bits ({base}) while it is trained on, because nothing else fits into "
                 f"{gigabytes(budget)} GB: the LoRA learns beside weights that are a little off. A smaller "
                 f"{named('resolution')} or a larger {named('memory_budget')} avoids that.")
+        if (self.missing or base and not _BASE_DTYPE[self.settings.base_weights]) and len(self.config.swapped) < self.swappable:
+            said.append(f"With {named('blocks_to_swap')} = {self.swappable} as many of the UNet's blocks as must wait in ordinary "
+                        "memory, which takes longer; how much longer, nobody has measured.")
+        if self.config.swapped and (self.settings.cuda_graphs == "on" or self.settings.torch_compile):
+            said.append("Steps are neither captured in CUDA graphs nor compiled, because blocks are swapped.")
         return " ".join(said)
 
     def corrected(self, allocated: int) -> MemoryPlan:
@@ -138,6 +149,7 @@ class MemoryPlan:
             "every block is computed twice": config.checkpointed == self.blocks,
             f"{share} % of a step's work is done twice": config.checkpointed and config.checkpointed != self.blocks,
             "activations wait in ordinary memory": config.offload,
+            f"the weights of {counted(len(config.swapped), 'block')} wait in ordinary memory": config.swapped,
             f"each batch is computed in {self.passes} parts": self.passes > 1,
             f"the UNet's weights are held in {config.base_dtype}": config.base_dtype,
             f"{round(100 * self.preservation_flops / step)} % is computed beside it for what the base model predicts itself":
@@ -165,7 +177,13 @@ def plan_memory(tensors: Mapping[str, Tensor], architecture: Architecture, workl
         microbatch=batch, checkpointed=frozenset(by_size if memory.gradient_checkpointing else ()),
         offload=memory.cpu_offload_checkpointing and cuda, channels_last=memory.channels_last == "on",
         parts_on_cpu=parts_on_cpu), _BASE_DTYPE[memory.base_weights] or resumed_base_dtype, cuda=cuda)
-    for config in ladder(wished, by_size, cuda=cuda) if memory.memory_plan == "auto" else [wished]:
+    swapping = swappable(architecture.unet) if cuda else ()
+    swaps = [spread(swapping, count) for count in range(1, min(memory.blocks_to_swap, len(swapping)) + 1)]
+    if memory.memory_plan == "auto":
+        ways = ladder(wished, by_size, swaps, cuda=cuda)
+    else:
+        ways = iter([_with_swapped(wished, swaps[-1]) if swaps else wished])
+    for config in ways:
         if budget is None or sum(_predicted(tensors, workload, blocks, config).values()) <= budget:
             break
     twice = sum(block.forward for block in blocks if block.name in config.checkpointed)
@@ -175,11 +193,13 @@ def plan_memory(tensors: Mapping[str, Tensor], architecture: Architecture, workl
         config=config, batch=batch, predicted=_predicted(tensors, workload, blocks, config), before=_before(tensors, workload),
         budget=budget, flops=config.microbatch * step + preservation, preservation_flops=preservation,
         checkpointed_flops=config.microbatch * twice, blocks=frozenset(by_size), settings=memory,
-        resumed_base_dtype=resumed_base_dtype, sampling=_sampling(tensors, workload, config, budget=budget))
+        resumed_base_dtype=resumed_base_dtype, swappable=len(swapping), sampling=_sampling(tensors, workload, config, budget=budget))
 
 
-def ladder(wished: StepConfig, blocks: Sequence[str], *, cuda: bool) -> Iterator[StepConfig]:
-    """Ways to make a step, each for less memory than those before; `blocks` are to be checkpointed in this order."""
+def ladder(wished: StepConfig, blocks: Sequence[str], swaps: Sequence[tuple[str, ...]] = (), *,
+           cuda: bool) -> Iterator[StepConfig]:
+    """Ways to make a step, each for less memory than those before; `blocks` are to be checkpointed in this order, and each of
+    `swaps` are blocks to be swapped together."""
     config = wished
     yield config
     for count in range(1, len(blocks) + 1):
@@ -189,10 +209,13 @@ def ladder(wished: StepConfig, blocks: Sequence[str], *, cuda: bool) -> Iterator
     while config.microbatch > 1:
         config = dataclasses.replace(config, microbatch=-(-config.microbatch // 2))
         yield config
+    for swapped in swaps:
+        config = _with_swapped(config, swapped)
+        yield config
     if cuda and not config.offload:
         yield dataclasses.replace(config, offload=True)
     if cuda and not wished.base_dtype:
-        yield from ladder(_with_base_dtype(wished, "int8", cuda=cuda), blocks, cuda=cuda)
+        yield from ladder(_with_base_dtype(wished, "int8", cuda=cuda), blocks, swaps, cuda=cuda)
 
 
 def installed_bytes() -> int:
@@ -215,12 +238,17 @@ def _with_base_dtype(config: StepConfig, dtype: BaseDtype, *, cuda: bool) -> Ste
     return dataclasses.replace(config, base_dtype=dtype, parts_on_cpu=config.parts_on_cpu | parts)
 
 
+def _with_swapped(config: StepConfig, swapped: tuple[str, ...]) -> StepConfig:
+    """With the weights of these blocks on the CPU, where the host's UNet then is."""
+    return dataclasses.replace(config, swapped=swapped, parts_on_cpu=config.parts_on_cpu | frozenset[Part]({"unet"}))
+
+
 def _predicted(tensors: Mapping[str, Tensor], workload: Workload, blocks: Sequence[Block],
                config: StepConfig) -> dict[str, int]:
     """Bytes by kind at the highest moment of a step."""
     unet = unet_tensors(tensors)
     predicted = {_PARTS[part]: size for part, size in _sizes(tensors).items() if part not in config.parts_on_cpu}
-    predicted["copies"] = _copies(unet, config) + _merged(workload, config)
+    predicted["copies"] = weight_copies(unet, config) + _merged(workload, config)
     predicted["LoRA and optimiser"] = _lora_and_optimizer(workload)
     stem = unet["input_blocks.0.0.weight"]
     peak, kept = peak_bytes(blocks, images=config.microbatch, checkpointed=config.checkpointed, offload=config.offload,
@@ -237,12 +265,16 @@ def _predicted(tensors: Mapping[str, Tensor], workload: Workload, blocks: Sequen
     return {kind: size for kind, size in predicted.items() if size}
 
 
-def _copies(unet: Mapping[str, Tensor], config: StepConfig) -> int:
-    """Bytes of the UNet's weights in another form or layout, beside or in the place of the host's."""
-    if config.base_dtype:
-        quantised = {name: t for name, t in unet.items() if is_kernel(name, t.ndim)}
-        moved = size_of(t for name, t in unet.items() if name not in quantised) if "unet" in config.parts_on_cpu else 0
-        return moved + sum(t.numel() + 4 * t.shape[0] for t in quantised.values())
+def weight_copies(unet: Mapping[str, Tensor], config: StepConfig) -> int:
+    """Bytes of the UNet's weights in another form, layout or place, beside or instead of the host's."""
+    if config.base_dtype or config.swapped:
+        held = {name: t.numel() + 4 * t.shape[0] if config.base_dtype and is_kernel(name, t.ndim) else size_of([t])
+                for name, t in unet.items() if "unet" in config.parts_on_cpu or is_kernel(name, t.ndim)}
+        swapped = dict.fromkeys(config.swapped, 0)
+        for name in held if swapped else ():
+            if block := block_of(name, unet[name].ndim, swapped):
+                swapped[block] += held[name]
+        return sum(held.values()) - sum(swapped.values()) + 2 * max(swapped.values(), default=0)
     return size_of(t for t in unet.values() if t.ndim == 4 and t.shape[2:].numel() > 1) if config.channels_last else 0
 
 
@@ -269,7 +301,7 @@ def _sampling(tensors: Mapping[str, Tensor], workload: Workload, config: StepCon
     parts, cuda = _sizes(tensors), workload.device_type == "cuda"
     away = config.parts_on_cpu - {"vae"}
     rest = sum(size for part, size in parts.items() if part != "vae" and part not in away)
-    rest += _copies(unet_tensors(tensors), config) + _merged(workload, config)
+    rest += weight_copies(unet_tensors(tensors), config) + _merged(workload, config)
     needed = (parts["vae"] + vae_batches.decoding_bytes(workload.sampled) + _lora_and_optimizer(workload)
               + (CONTEXT + WORKSPACES) * cuda)
     return needed + (rest if not cuda or budget is None or needed + rest <= budget else 0)

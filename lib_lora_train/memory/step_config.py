@@ -24,6 +24,8 @@ class StepConfig:
     base_dtype      what the UNet's weights are held in
     channels_last   whether the convolutions' weights are copied into NHWC order
     parts_on_cpu    parts of the model that are off the device while steps are made
+    swapped         the UNet's blocks (`swappable`), in the order of computation, whose weights wait on the CPU until they are
+                    computed; the host's own UNet is then among `parts_on_cpu`
     """
 
     microbatch: int
@@ -32,6 +34,7 @@ class StepConfig:
     base_dtype: BaseDtype = ""
     channels_last: bool = False
     parts_on_cpu: frozenset[Part] = frozenset()
+    swapped: tuple[str, ...] = ()
 
     def step_down(self, *, largest: int, blocks: Collection[str], device_type: str) -> StepConfig | None:
         """What to try after an out-of-memory error with `largest` images in a micro-batch: half as many down to one, then

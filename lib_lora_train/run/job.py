@@ -108,6 +108,7 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         samples = SampleCallback(
             plan, leased, model, network, prompts=() if group.rank else plan.prompts, config=memory.config, dtype=dtype,
             lora_folder=host.lora_folder, folder=folder, wanted=sample_now, report=report, stop=stop, pause=pause)
+        at_end.callback(model.unet.layers.end_swap)
         text = place_model(settings, model, leased, network, batches, memory.config, dtype=dtype, report=report,
                            stop=stop, pause=pause, encode_prompts=samples.encode,
                            extra_captions=(*measured.captions, *diagnosing.texts))
@@ -266,7 +267,7 @@ def _train_config(plan: RunPlan, model: FrozenModel, memory: MemoryPlan, *, dtyp
             scale_v_pred_loss_like_noise_pred=loss.scale_v_pred_loss_like_noise_pred,
             dco_beta=kept.dco_beta if kept.preservation == "dco" else 0.0), step=memory.config,
         preservation=preservation_of(settings),
-        cuda_graphs=_cuda_graphs(settings), compiled=settings.memory.torch_compile)
+        cuda_graphs=_cuda_graphs(settings), compiled=settings.memory.torch_compile and not memory.config.swapped)
 
 
 def _cuda_graphs(settings: Settings) -> bool:

@@ -36,6 +36,7 @@ from lib_lora_train.memory.step_config import BaseDtype, Part, StepConfig
 from lib_lora_train.model.architecture import UNET_COMPONENT, Architecture
 from lib_lora_train.model.family import detect
 from lib_lora_train.model.frozen import FrozenModel
+from lib_lora_train.model.ops.block_swap import BlockSwap, block_of
 from lib_lora_train.model.ops.quantised import quantised
 from lib_lora_train.model.sd.text import CHUNK
 from lib_lora_train.run.callbacks import Pause, Stop
@@ -161,8 +162,9 @@ def encoding_budget(part: Part, settings: Settings, model: FrozenModel, leased: 
             return sys.maxsize
         free = free_bytes(model.device)
         if settings.memory.memory_budget:
-            frozen = [t for part in (*model.components.values(), model.vae.tensors) for t in part.values()]
-            taken = size_of(t for t in (*frozen, *network.parameters()) if placement.device_of(t).type == model.device.type)
+            held = [t for part in (*model.components.values(), model.vae.tensors) for t in part.values()]
+            taken = sum(t.nbytes for t in (*held, *network.parameters()) if placement.device_of(t).type == model.device.type)
+            taken += model.unet.layers.swap_bytes
             free = min(free, int(settings.memory.memory_budget * GIGABYTE) - taken - CONTEXT - WORKSPACES)
         return max(0, free)
 
@@ -219,10 +221,20 @@ def place_model(settings: Settings, model: FrozenModel, leased: LeasedModel, net
     model.rebind(leased.reload_parts(placement.PARTS - away))
     if "text" not in away:
         encode_prompts()
-    if config.base_dtype:
-        with translated("holding the model in eight bits"):
-            model.unet.layers.replace(dict(quantised(model.unet.tensors, config.base_dtype, device=model.device,
-                                                     channels_last=config.channels_last)))
-    elif config.channels_last:
-        model.unet.layers.lay_out_channels_last()
+    with translated("laying out the model's weights"):
+        _lay_out(model, config)
     return text
+
+
+def _lay_out(model: FrozenModel, config: StepConfig) -> None:
+    """Hold the UNet's weights as the steps want them."""
+    layers, swapped = model.unet.layers, frozenset(config.swapped)
+    if config.base_dtype:
+        for name, weight in quantised(model.unet.tensors, config.base_dtype, device=model.device,
+                                      channels_last=config.channels_last):
+            waits = block_of(name, len(weight.shape), swapped)
+            layers.replace({name: weight.to(placement.CPU) if waits else weight})
+    elif config.channels_last:
+        layers.lay_out_channels_last()
+    if config.swapped:
+        layers.begin_swap(BlockSwap(config.swapped, model.device))

@@ -39,6 +39,8 @@ def ignored_by(model: FrozenModel, settings: Settings) -> list[str]:
         notes.append(no_effect("clip_skip", "only SD1 models read captions from a layer of choice"))
     if settings.memory.cpu_offload_checkpointing and model.device.type != "cuda":
         notes.append(no_effect("cpu_offload_checkpointing", "there is no GPU, and activations are in ordinary memory"))
+    if settings.memory.blocks_to_swap and model.device.type != "cuda":
+        notes.append(no_effect("blocks_to_swap", "there is no GPU, and all weights are in ordinary memory"))
     if settings.memory.cuda_graphs == "on" and model.device.type != "cuda":
         notes.append(no_effect("cuda_graphs", "there is no GPU"))
     if settings.memory.base_weights != "as they are" and model.device.type != "cuda":

@@ -41,7 +41,7 @@ FIXED = frozenset({"network_dim", "network_alpha", "network_train_unet_only", "n
 # which matters to the schedule.
 FREE = frozenset({
     "train_data_dir", "reg_data_dir", "conditioning_data_dir", "cache_latents_to_disk", "vae_batch_size",
-    "gradient_checkpointing", "memory_plan", "memory_budget", "cpu_offload_checkpointing", "channels_last",
+    "gradient_checkpointing", "memory_plan", "memory_budget", "cpu_offload_checkpointing", "channels_last", "blocks_to_swap",
     "max_train_steps", "max_train_epochs", "max_train_minutes", "output_name", "output_dir", "overwrite", "save_precision",
     "save_every_n_epochs", "save_every_n_steps", "save_state", "save_state_every_n_minutes", "save_state_on_train_end",
     "resume", "training_comment", "preset", "yield_to_generations", "cuda_graphs", "num_repeats", "validation",

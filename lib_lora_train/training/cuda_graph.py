@@ -34,7 +34,8 @@ class CudaGraphStep(TrainStep):
         """See `TrainStep.forward`."""
         batch, self._graphs = batch.to(self.model.device), self._graphs or {}
         shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.tensors.items())
-        if shapes not in self._graphs and not self._refused and not self.config.offload and len(self._graphs) < _MOST_SHAPES:
+        eager = self._refused or self.config.offload or bool(self.config.swapped)
+        if shapes not in self._graphs and not eager and len(self._graphs) < _MOST_SHAPES:
             self._capture(shapes, batch)
         graphed = self._graphs.get(shapes)
         return super().forward(batch) if graphed is None else graphed(*batch.tensors.values())

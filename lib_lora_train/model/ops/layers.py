@@ -2,7 +2,7 @@
 
 A `Layers` computes `F.linear`, `F.conv2d` and the norms on the host's tensors, addressed by name:
 
-- It copies no weight, except in `replace` and `lay_out_channels_last`. A weight whose dtype differs from the
+- It copies no weight, except in `replace`, `lay_out_channels_last` and `swap`. A weight whose dtype differs from the
   activation's is cast for one call: autograd keeps the borrowed tensor, and backward casts it once more.
 - It computes no gradient of a weight. The tensors are detached views, so `requires_grad` of the host's parameters
   neither matters nor changes.
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib_lora_train.model.architecture import incomplete
+from lib_lora_train.model.ops.block_swap import BlockSwap, Swapped
 from lib_lora_train.model.ops.convolution import conv2d_delta, frozen_conv2d
 from lib_lora_train.model.ops.linear import LoRADelta, frozen_linear, shared_linears
 from lib_lora_train.model.ops.recipes import GroupNorm, LayerNorm, Recipe, made
@@ -104,6 +105,7 @@ class Layers:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._weights: dict[str, Weight] = {name: borrowed(tensor) for name, tensor in tensors.items()}
         self._own: dict[str, torch.device] = {}  # the devices of our copies
+        self._swap: BlockSwap | None = None
         self.tensors: Mapping[str, Weight] = MappingProxyType(self._weights)
         self._adapters = NO_ADAPTERS
 
@@ -114,19 +116,36 @@ class Layers:
                 self._weights[name] = self._weights[name].to("cpu")
             else:
                 del self._weights[name]
+        if self._swap is not None:
+            self._swap.release()
 
     def rebind(self, tensors: Mapping[str, Tensor]) -> None:
         """Compute on these tensors from now on: the same weights at their present place. What was replaced stays so."""
         for name, device in self._own.items():
-            self._weights[name] = self._weights[name].to(device)
-        self._weights.update({name: borrowed(tensor) for name, tensor in tensors.items() if name not in self._own})
+            if not isinstance(weight := self._weights[name], Swapped):
+                self._weights[name] = self._placed(name, weight, device)
+        for name, tensor in tensors.items():
+            if name not in self._own and not self._is_placed(name, tensor):
+                self._weights[name] = self._placed(name, borrowed(tensor), tensor.device)
 
     def replace(self, weights: Mapping[str, Weight]) -> None:
         """Compute with these copies (quantised, or of another memory layout) of the borrowed tensors of the same names,
         which are held no longer and which `rebind` does not bring back."""
         assert weights.keys() <= self._weights.keys(), "only weights that are there can be replaced"
-        self._weights.update(weights)
         self._own.update({name: weight.device for name, weight in weights.items()})
+        self._weights.update({name: self._placed(name, weight, weight.device) for name, weight in weights.items()})
+
+    def begin_swap(self, swap: BlockSwap) -> None:
+        """From now on kernels of its blocks wait on the CPU, and the rest is on its device: copies of tensors that their owner has
+        elsewhere."""
+        self._swap = swap
+        for name, weight in tuple(self._weights.items()):
+            self._weights[name] = swap.placed(name, weight)
+
+    def end_swap(self) -> None:
+        """Leave the waiting weights alone, which their owner may then move. Nothing can be computed with them until `rebind`."""
+        if self._swap is not None:
+            self._swap.release()
 
     def lay_out_channels_last(self) -> None:
         """Replace convolutions' kernels above 1x1 by copies in NHWC order, where they are not in it."""
@@ -139,6 +158,11 @@ class Layers:
     def copied_bytes(self) -> int:
         """Bytes of the weights that were replaced by copies."""
         return sum(self._weights[name].nbytes for name in self._own)
+
+    @property
+    def swap_bytes(self) -> int:
+        """Bytes on the device for weights that wait on the CPU."""
+        return 0 if self._swap is None else self._swap.device_bytes
 
     def adapted(self, adapters: Adapters) -> Layers:
         """The same tensors, with `adapters` by module name on their layers."""
@@ -211,6 +235,17 @@ class Layers:
         rows = F.embedding(ids.clamp(min=0), self.weight(name)).to(dtype)
         own = F.embedding((-1 - ids).clamp(min=0), adapter.vectors().to(dtype))
         return torch.where((ids < 0).unsqueeze(-1), own, rows)
+
+    def _is_placed(self, name: str, tensor: Tensor) -> bool:
+        """Whether what is held in the place of the owner's tensor stands for it where that lies now."""
+        weight = self._weights.get(name)
+        if self._swap is None or weight is None:
+            return False
+        return not isinstance(weight, Swapped) or weight.values.data_ptr() == tensor.data_ptr()
+
+    def _placed(self, name: str, weight: Weight, device: torch.device) -> Weight:
+        """The weight on `device`, or where block swapping wants it."""
+        return weight.to(device) if self._swap is None else self._swap.placed(name, weight)
 
     def _tensor(self, name: str) -> Weight:
         try:

@@ -1,11 +1,38 @@
-"""What a frozen layer multiplies with: a borrowed tensor, or a kernel in eight bits."""
+"""What a frozen layer multiplies with: a borrowed tensor, a kernel in eight bits, or one that lies elsewhere until it is used."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Held(Protocol):
+    """A weight that is made a tensor when a layer computes with it."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """The kernel's."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where what is held lies."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is held."""
+
+    @property
+    def values(self) -> Tensor:
+        """What has the kernel's shape and memory layout."""
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The kernel in `dtype`. It is valid until a weight of another block is asked for."""
+
+    def to(self, device: torch.device | str) -> Weight:
+        """The same on another device."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,11 +75,11 @@ class Quantised:
         return Quantised(self.values.to(device), self.scale.to(device))
 
 
-Weight = Tensor | Quantised
+Weight = Tensor | Held
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The weight as a tensor in `dtype`, itself where it is one already. The caller keeps no copy of it."""
+    """The weight as a tensor in `dtype`, itself where it is one already. The caller keeps no copy of it: see `Held.dense`."""
     return weight.to(dtype) if isinstance(weight, Tensor) else weight.dense(dtype)
 
 

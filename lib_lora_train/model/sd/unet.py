@@ -154,6 +154,18 @@ def _checkpointable(config: UNetConfig) -> Iterator[str]:
             yield from (name, f"{name}.attn1", f"{name}.attn2", f"{name}.ff")
 
 
+def swappable(config: UNetConfig) -> tuple[str, ...]:
+    """Names of the blocks whose weights can wait on the CPU, in the order of computation: residual blocks, transformer blocks,
+    and what halves and doubles images. They are nearly all of a UNet's bytes, and none is inside another."""
+    found = []
+    for block in (*(block for blocks in config.input_blocks for block in blocks), *config.middle_block,
+                  *(block for blocks in config.output_blocks for block in blocks)):
+        if block.kind in ("resnet", "down", "up"):
+            found.append(block.name)
+        found += [f"{block.name}.transformer_blocks.{index}" for index in range(block.depth)]
+    return tuple(found)
+
+
 def resnet(layers: Layers, name: str, x: Tensor, emb: Tensor) -> Tensor:
     """A residual block: x [B, C, h, w], emb [B, E] after its SiLU -> [B, C', h, w]."""
     h = layers.group_norm(f"{name}.in_layers.0", x, eps=RESNET_EPS, silu=True)
