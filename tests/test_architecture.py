@@ -24,7 +24,7 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 TOOLS = sorted((ROOT / "tools").rglob("*.py"))
 EVERY_FILE = [*FILES, *SCRIPTS, *TOOLS, ROOT / "install.py"]
 
-MOST_LINES, MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 39_900, 400, 60
+MOST_LINES, MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 40_400, 400, 60
 LEFT_OUT = frozenset("""
 picture pictures paint paints painted painter painting card cards processor processors ranks joined place agreement
 agreements alone rehearse rehearsed rehearsal work execution piece pieces recompute recomputed again unit units

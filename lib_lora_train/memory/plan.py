@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lib_lora_train.dataset.progress import ShouldStop
-from lib_lora_train.errors import Interrupted, counted
+from lib_lora_train.errors import Interrupted
 from lib_lora_train.inputs import text, vae_batches
 from lib_lora_train.memory.estimate import Block, Workload, blocks_of, peak_bytes
 from lib_lora_train.memory.step_config import BaseDtype, Part, StepConfig
@@ -129,9 +129,10 @@ class MemoryPlan:
                 f"The model is held in eight bits ({base}) while it is trained on, because nothing else fits into "
                 f"{gigabytes(budget)} GB: the LoRA learns beside weights that are a little off. A smaller "
                 f"{named('resolution')} or a larger {named('memory_budget')} avoids that.")
-        if (self.missing or base and not _BASE_DTYPE[self.settings.base_weights]) and len(self.config.swapped) < self.swappable:
-            said.append(f"With {named('blocks_to_swap')} = {self.swappable} as many of the UNet's blocks as must wait in ordinary "
-                        "memory, which takes longer; how much longer, nobody has measured.")
+        short = self.missing or base and not _BASE_DTYPE[self.settings.base_weights]
+        if short and len(self.config.swapped) < self.swappable:
+            said.append(f"With {named('blocks_to_swap')} = {self.swappable} the memory plan keeps as many of the UNet's blocks "
+                        "in ordinary memory as it must; nobody has measured how much longer a step then takes.")
         if self.config.swapped and (self.settings.cuda_graphs == "on" or self.settings.torch_compile):
             said.append("Steps are neither captured in CUDA graphs nor compiled, because blocks are swapped.")
         return " ".join(said)
@@ -149,7 +150,7 @@ class MemoryPlan:
             "every block is computed twice": config.checkpointed == self.blocks,
             f"{share} % of a step's work is done twice": config.checkpointed and config.checkpointed != self.blocks,
             "activations wait in ordinary memory": config.offload,
-            f"the weights of {counted(len(config.swapped), 'block')} wait in ordinary memory": config.swapped,
+            f"{len(config.swapped)} of {self.swappable} blocks are swapped": config.swapped,
             f"each batch is computed in {self.passes} parts": self.passes > 1,
             f"the UNet's weights are held in {config.base_dtype}": config.base_dtype,
             f"{round(100 * self.preservation_flops / step)} % is computed beside it for what the base model predicts itself":
@@ -179,11 +180,8 @@ def plan_memory(tensors: Mapping[str, Tensor], architecture: Architecture, workl
         parts_on_cpu=parts_on_cpu), _BASE_DTYPE[memory.base_weights] or resumed_base_dtype, cuda=cuda)
     swapping = swappable(architecture.unet) if cuda else ()
     swaps = [spread(swapping, count) for count in range(1, min(memory.blocks_to_swap, len(swapping)) + 1)]
-    if memory.memory_plan == "auto":
-        ways = ladder(wished, by_size, swaps, cuda=cuda)
-    else:
-        ways = iter([_with_swapped(wished, swaps[-1]) if swaps else wished])
-    for config in ways:
+    as_chosen = _with_swapped(wished, swaps[-1]) if swaps else wished
+    for config in ladder(wished, by_size, swaps, cuda=cuda) if memory.memory_plan == "auto" else [as_chosen]:
         if budget is None or sum(_predicted(tensors, workload, blocks, config).values()) <= budget:
             break
     twice = sum(block.forward for block in blocks if block.name in config.checkpointed)
@@ -192,8 +190,8 @@ def plan_memory(tensors: Mapping[str, Tensor], architecture: Architecture, workl
     return MemoryPlan(
         config=config, batch=batch, predicted=_predicted(tensors, workload, blocks, config), before=_before(tensors, workload),
         budget=budget, flops=config.microbatch * step + preservation, preservation_flops=preservation,
-        checkpointed_flops=config.microbatch * twice, blocks=frozenset(by_size), settings=memory,
-        resumed_base_dtype=resumed_base_dtype, swappable=len(swapping), sampling=_sampling(tensors, workload, config, budget=budget))
+        checkpointed_flops=config.microbatch * twice, blocks=frozenset(by_size), settings=memory, swappable=len(swapping),
+        resumed_base_dtype=resumed_base_dtype, sampling=_sampling(tensors, workload, config, budget=budget))
 
 
 def ladder(wished: StepConfig, blocks: Sequence[str], swaps: Sequence[tuple[str, ...]] = (), *,

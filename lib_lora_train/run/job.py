@@ -116,7 +116,6 @@ def _with_model(plan: RunPlan, host: Host, leased: LeasedModel, weights: Initial
         config = _train_config(plan, model, memory, dtype=dtype)
         probe = Probe.of(batches, model=model, network=network, condition=text.condition, config=config.loss, seed=config.seed,
                          noise=config.noise, continued=weights.name)
-
         saver = _saver(plan, leased, model, network, identity=identity, folder=folder, dtype=dtype, memory=memory, group=group,
                        report=report, wanted=save_now)
         memory_meter = MeasuredMemory(

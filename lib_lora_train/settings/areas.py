@@ -198,8 +198,8 @@ class MemorySettings:
         choices=("auto", "no", "fp16", "bf16"))
     memory_plan: str = setting(
         "auto", "Memory plan", "auto tries, in this order, what is chosen below, gradient checkpointing, smaller passes, "
-        "blocks to swap, activations off the GPU and int8 base weights, and takes the first that fits into the free GPU memory; "
-        "manual takes only what is chosen below.", choices=("auto", "manual"))
+        "blocks to swap, activations off the GPU and int8 base weights, and takes the first that fits into the free GPU "
+        "memory; manual takes only what is chosen below.", choices=("auto", "manual"))
     memory_budget: float = setting(
         0.0, "Memory budget", "Gigabytes that a training may take, encoding pictures included: less saves memory at the cost "
         "of time. Empty or 0 is what the GPU has free when it begins; without a GPU a plan is made only where a number "
@@ -212,10 +212,10 @@ class MemorySettings:
         "of the GPU's, with gradient checkpointing or without: less GPU memory, slower steps, no CUDA graphs. The memory plan "
         "does so by itself where it must. Nobody has measured it yet.")
     blocks_to_swap: int = setting(
-        0, "Blocks to swap", "So many of the UNet's blocks (SDXL has 91, SD1 44) may wait in the computer's memory, and come to "
-        "the GPU one before they are computed: less GPU memory, the same numbers, no CUDA graphs. The memory plan takes no more "
-        "of them than it must; manual takes all. Off by default: nobody has measured it on a GPU yet.", minimum=0, maximum=200,
-        zero="none")
+        0, "Blocks to swap", "So many of the UNet's blocks (SDXL has 91, SD1 44) may wait in the computer's memory and come to "
+        "the GPU when they are computed: less GPU memory, the same numbers, longer steps, no CUDA graphs. The memory plan "
+        "takes no more of them than it must; manual takes all. Off by default: nobody has measured it on a GPU yet.",
+        minimum=0, maximum=200, zero="none")
     base_weights: str = setting(
         "as they are", "Base weights", "Hold the model that is trained on in eight bits: on a GPU half the memory of fp16, "
         "without one more than before. The LoRA learns beside weights that are a little off; fp8 is off by a share of each "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from lib_lora_train import events
+from lib_lora_train.model.ops.block_swap import BlockSwap, spread
+from lib_lora_train.model.sd.unet import swappable
+from lib_lora_train.run import job
 from lib_lora_train.settings import parse
 from tests.jobs import run_settings
 
@@ -76,6 +80,32 @@ def test_on_weights_in_eight_bits_it_is_nearly_the_same_and_the_lenders_are_unto
 
 
 def test_what_has_no_effect_without_a_gpu_is_said(images, host):
-    warnings = run(images, host, "zzk", cpu_offload_checkpointing=True, cuda_graphs="on").warnings
-    for name in ("cpu_offload_checkpointing", "cuda_graphs"):
+    warnings = run(images, host, "zzk", cpu_offload_checkpointing=True, cuda_graphs="on", blocks_to_swap=9).warnings
+    for name in ("cpu_offload_checkpointing", "cuda_graphs", "blocks_to_swap"):
         assert any(f"({name}) has no effect: there is no GPU" in warning for warning in warnings)
+
+
+def test_with_swapped_blocks_it_is_the_same_to_the_bit_and_they_are_given_back(images, host, monkeypatch):
+    free = run(images, host, "free", train_batch_size=2)
+    with host.lease() as lent:
+        before = {name: tensor.clone() for name, tensor in lent.tensors.items()}
+    plan_memory, released = job.memory_plan, []
+
+    def swapped(*arguments, **options):  # as the plan of a GPU has it
+        plan = plan_memory(*arguments, **options)
+        blocks = swappable(arguments[1].architecture.unet)
+        return dataclasses.replace(plan, swappable=len(blocks), config=dataclasses.replace(
+            plan.config, swapped=spread(blocks, 5), parts_on_cpu=frozenset({"unet"})))
+
+    class Watched(BlockSwap):
+        def release(self) -> None:
+            released.append(self.device_bytes)
+            super().release()
+
+    monkeypatch.setattr(job, "memory_plan", swapped)
+    monkeypatch.setattr("lib_lora_train.run.memory.BlockSwap", Watched)
+    held = run(images, host, "swapped", train_batch_size=2, validation=True)
+    assert "5 of" in held.memory and difference(free, held) == 0 and held.losses == free.losses
+    assert released and released[0] > 0
+    with host.lease() as lent:
+        assert all(torch.equal(tensor, before[name]) for name, tensor in lent.tensors.items())

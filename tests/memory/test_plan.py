@@ -19,7 +19,7 @@ from lib_lora_train.memory.plan import CONTEXT, GIGABYTE, WORKSPACES, MemoryPlan
 from lib_lora_train.memory.step_config import StepConfig
 from lib_lora_train.model.family import detect
 from lib_lora_train.model.ops.quantised import quantised
-from lib_lora_train.model.sd.unet import UNet
+from lib_lora_train.model.sd.unet import UNet, swappable
 from lib_lora_train.run.memory import chunks_in_longest, layers_for
 from lib_lora_train.settings import parse
 from tools.bench.host import RandomHost
@@ -252,3 +252,30 @@ def test_a_budget_on_a_gpu_is_no_more_than_there_is():
     _, total = torch.cuda.mem_get_info(device)
     assert budget_of(10_000, device, ours=0) == budget_of(0, device, ours=0) <= total + CONTEXT
     assert budget_of(1, device, ours=0) == GIGABYTE
+
+
+@pytest.mark.parametrize(("family", "side", "gigabytes"), [("sdxl", 1024, 6), ("sd1", 512, 3)])
+def test_a_published_model_is_trained_within_the_memory_of_small_gpus_in_its_own_dtype(family, side, gigabytes):
+    made = plan(1024 * gigabytes, family=family, side=side, small=False, blocks_to_swap=200)
+    assert made.bytes <= made.budget and made.before <= made.budget and not made.config.base_dtype and not made.warning
+
+
+def test_no_more_blocks_are_swapped_than_the_memory_asks_for_and_than_are_allowed():
+    counts = []
+    for gigabytes in (8, 6, 5, 4):
+        made = plan(1024 * gigabytes, family="sdxl", side=1024, small=False, blocks_to_swap=200)
+        counts.append(len(made.config.swapped))
+        assert ("swapped" in made.text) == bool(made.config.swapped) == ("unet" in made.config.parts_on_cpu)
+    assert counts == sorted(counts) and counts[0] == 0 < counts[1] and len(set(counts)) == 4
+    few = plan(1024 * 6, family="sdxl", side=1024, small=False, blocks_to_swap=counts[1] - 1)
+    assert len(few.config.swapped) < counts[1] and few.config.offload  # the next rung
+    none = plan(1024 * 6, family="sdxl", side=1024, small=False)
+    assert none.config.base_dtype == "int8" and not none.config.swapped and "blocks_to_swap" in none.warning
+    assert not plan(1024 * 6, device="cpu", blocks_to_swap=200, memory_plan="manual").config.swapped
+
+
+def test_by_hand_as_many_blocks_are_swapped_as_were_chosen_at_even_distances():
+    made = plan(None, family="sdxl", small=False, blocks_to_swap=30, memory_plan="manual", cuda_graphs="on")
+    places = [swappable(detect(shapes("sdxl", False)).unet).index(name) for name in made.config.swapped]
+    assert len(places) == 30 and {b - a for a, b in zip(places, places[1:], strict=False)} == {3, 4}  # of 91
+    assert "neither captured in CUDA graphs" in made.warning

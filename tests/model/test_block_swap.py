@@ -24,7 +24,7 @@ from lib_lora_train.model.ops.block_swap import BlockSwap, CudaCopies, PlainCopi
 from lib_lora_train.model.ops.quantised import quantised
 from lib_lora_train.model.sd.components import unet_tensors
 from lib_lora_train.model.sd.unet import swappable
-from tests.model.small_checkpoints import FAMILIES, HINTS, checkpoint, tokenizers
+from tests.model.small_checkpoints import HINTS, checkpoint, tokenizers
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -123,7 +123,8 @@ def test_the_gradients_are_the_same_bit_for_bit(family: str, checkpointing: str,
         assert same(step(model, network, checkpointed=checkpointed), resident)
 
 
-@pytest.mark.parametrize(("count", "kind", "copies"), [(1, "int8", PlainCopies), (2, None, LateCopies), (5, "int8", LateCopies)])
+@pytest.mark.parametrize(("count", "kind", "copies"), [
+    (1, "int8", PlainCopies), (2, None, LateCopies), (5, "int8", LateCopies)])
 def test_so_they_are_with_some_blocks_in_eight_bits_and_in_half_precision(count: int, kind: str | None,
                                                                            copies: Callable[[], Any]) -> None:
     model = built("sdxl", torch.bfloat16)
@@ -209,7 +210,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.most = 0
+        self.most = self._now = 0
         self._live: dict[StorageWeakRef, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -217,9 +218,13 @@ class LiveBytes(TorchDispatchMode):
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, Tensor) and tensor.device.type == "meta":
                 storage = tensor.untyped_storage()
-                self._live[StorageWeakRef(storage)] = storage.nbytes()
-        self._live = {reference: size for reference, size in self._live.items() if not reference.expired()}
-        self.most = max(self.most, sum(self._live.values()))
+                key = StorageWeakRef(storage)
+                self._now += 0 if key in self._live else storage.nbytes()
+                self._live[key] = storage.nbytes()
+        if self._now > self.most:  # what has gone is only looked for then
+            self._live = {reference: size for reference, size in self._live.items() if not reference.expired()}
+            self._now = sum(self._live.values())
+            self.most = max(self.most, self._now)
         return result
 
 

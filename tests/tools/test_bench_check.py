@@ -50,3 +50,10 @@ def test_a_process_that_is_ended_loses_one_check_each_time(tmp_path: Path):
 def test_a_default_needs_every_case_to_be_faster_and_as_good(ratios, ok, expected):
     lines = [{"check": f"graphs, case {number}", "times as fast": ratio, "ok": ok} for number, ratio in enumerate(ratios)]
     assert f"cuda_graphs = {expected}:" in check.summary(lines, "a machine")
+
+
+@pytest.mark.parametrize(("ratios", "ok", "expected"), [
+    ((1.2, 1.4), True, "all"), ((1.2, 1.7), True, "none"), ((1.2, 1.4), False, "none"), ((), True, "none")])
+def test_swapping_is_justified_where_no_case_takes_half_as_long_again(ratios, ok, expected):
+    lines = [{"check": f"swapping, case {number}", "times as long": ratio, "ok": ok} for number, ratio in enumerate(ratios)]
+    assert f"blocks_to_swap = {expected}:" in check.summary(lines, "a machine")

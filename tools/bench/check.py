@@ -20,32 +20,32 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
-from lib_lora_train import events
-from lib_lora_train.dataset.progress import ShouldStop
-from lib_lora_train.host.port import LeasedModel, never
 from lib_lora_train.memory.plan import CONTEXT, GIGABYTE
 from lib_lora_train.model.ops.convolution import frozen_conv2d
 from lib_lora_train.model.ops.quantised import quantise
 from lib_lora_train.settings.field import Value
 from lib_lora_train.training import loop
 from tools.bench.host import RandomHost, make_images
-from tools.bench.memory import PLANS, planned
+from tools.bench.memory import ON_GPU, PLANS, SWAP, planned
 from tools.bench.report import machine_text
 from tools.bench.speed import Case, shared_settings
 from tools.bench.timed_run import Measured, limited_gpu, measure_run
 from tools.bench.training import Say
 from tools.bench.variants import VARIANTS
+from tools.bench.yielding import YieldingHost
 
 SECONDS = 8 * 60.0
 FILE_NAME = "check.jsonl"
 SAME_LOSS = 5e-3  # relative, over all steps of two runs that should compute the same
 PAYS = 1.05  # so many times as fast a way has to be to become the default
+SWAP_COSTS = 1.5  # times as long a step with all blocks swapped may take, for the memory plan to swap by itself
 _HEADS = (40, 64, 80, 160)
 _LOST = 3  # the exit code of a process whose GPU does not answer any more
 
@@ -85,10 +85,15 @@ class Checks:
         self.by_name: dict[str, Callable[[], Figures]] = {"kernels": self.kernels, "eight bits": self.eight_bits}
         for case in (self.sd1, self.sdxl, self.sd1_batch):
             self.by_name[f"graphs, {case.name}"] = functools.partial(self.graphs, case)
+        for case in (self.sdxl, self.sd1):
+            self.by_name[f"swapping, {case.name}"] = functools.partial(self.swapping, case)
         for case in (self.sd1, self.sdxl):
             self.by_name[f"memory, {case.name}"] = functools.partial(self.memory, case)
         for case, gigabytes in ((self.sdxl, 8), (self.sdxl, 6), (self.sd1, 4), (self.sdxl, 12)):
             self.by_name[f"within {gigabytes} GB, {case.name}"] = functools.partial(self.within, case, gigabytes)
+        for case, gigabytes in ((self.sdxl, 6), (self.sd1, 3)):
+            name = f"within {gigabytes} GB by swapping, {case.name}"
+            self.by_name[name] = functools.partial(self.within, case, gigabytes, SWAP)
         self.by_name |= {"overflow in a replay": self.overflow, "capture beside another thread": self.beside_another_thread,
                          "hand-over to a generation": self.generation, "five runs in a row": self.five_runs,
                          f"channels last, {self.sd1.name}": functools.partial(self.channels_last, self.sd1),
@@ -144,21 +149,28 @@ class Checks:
         return {"seconds": {"channels_first": first.seconds, "channels_last": last.seconds},
                 "times as fast": first.seconds / last.seconds, **_losses(first, last)}
 
+    def swapping(self, case: Case) -> Figures:
+        """All of the UNet's blocks swapped and none: seconds, losses and bytes."""
+        resident, swapped = (self._run(case, VARIANTS[name]) for name in ("eager", "swapped"))
+        return {"seconds": {"resident": resident.seconds, "swapped": swapped.seconds},
+                "times as long": swapped.seconds / resident.seconds, **_losses(resident, swapped),
+                "bytes": {"resident": _bytes(resident), "swapped": _bytes(swapped)}}
+
     def memory(self, case: Case) -> Figures:
         """What the memory plan predicts for each way, and what torch gave out at most in its steps."""
         found = {}
-        for name, settings in PLANS.items():
+        for name, settings in (PLANS | ON_GPU if self.cuda else PLANS).items():
             predicted = planned(self._host(case).outline().tensors, case, settings=settings, device_type=self.plan.device.type,
                                 precision=self.plan.precision, rank=16)
             found[name] = {"predicted": predicted.bytes - CONTEXT, "allocated": _bytes(self._run(case, settings, steps=5))}
         errors = {name: one["predicted"] / one["allocated"] - 1 for name, one in found.items() if one["allocated"]}
         return {"bytes": found, "errors": errors, "ok": all(-0.05 < error < 0.25 for error in errors.values())}
 
-    def within(self, case: Case, gigabytes: int) -> Figures:
+    def within(self, case: Case, gigabytes: int, settings: Mapping[str, Value] = MappingProxyType({})) -> Figures:
         """A whole run as on a GPU of so many GB, encoding of images and captions included."""
         limit = limited_gpu(self.plan.device, gigabytes) if self.cuda else contextlib.nullcontext()
         with limit:
-            run = self._run(case, {"memory_budget": float(gigabytes)}, steps=10)
+            run = self._run(case, {"memory_budget": float(gigabytes), **settings}, steps=10)
         most = run.gpu.run_reserved + CONTEXT if run.gpu else 0
         return {"seconds": run.seconds, "gigabytes": most / GIGABYTE, "ok": most <= gigabytes * GIGABYTE}
 
@@ -180,7 +192,7 @@ class Checks:
     def generation(self) -> Figures:
         """The model released to somebody else after each third of the steps; then it is in another place of the memory."""
         alone = self._run(self.sd1, VARIANTS["graphs"])
-        host = _YieldingHost(self._host(self.sd1), every=2 if self.plan.small else 20)
+        host = YieldingHost(self._host(self.sd1), every=2 if self.plan.small else 20)
         interrupted, found = self._run(self.sd1, VARIANTS["graphs"], host=host), host.leased.yielded
         losses = _losses(alone, interrupted)
         return {**losses, "yielded": found, "ok": bool(found) and losses["ok"]}
@@ -240,44 +252,6 @@ class Checks:
         finally:
             ended.set()
             thread.join()
-
-
-@dataclasses.dataclass
-class _YieldingModel(LeasedModel):
-    """Somebody else wants it after `every` questions, and leaves it elsewhere in the memory."""
-
-    every: int = 20
-    questions: int = 0
-    yielded: int = 0
-
-    def others_waiting(self) -> bool:
-        """See `LeasedModel`."""
-        self.questions += 1
-        return self.questions % self.every == 0
-
-    def yield_model(self, report: events.Report) -> Mapping[str, torch.Tensor]:
-        """See `LeasedModel`."""
-        self.yielded += 1
-        for tensor in self.tensors.values():
-            tensor.data = tensor.data.clone()
-        return self.tensors
-
-
-class _YieldingHost(RandomHost):
-    """Lends the model of another host, which is handed over now and then."""
-
-    leased: _YieldingModel
-
-    def __init__(self, host: RandomHost, *, every: int) -> None:
-        self.__dict__.update(vars(host))
-        self._every = every
-
-    @contextlib.contextmanager
-    def lease(self, *, stop: ShouldStop = never) -> Iterator[LeasedModel]:
-        """See `Host`."""
-        with super().lease(stop=stop) as leased:
-            self.leased = _YieldingModel(leased.tensors, leased.hints, leased.checkpoint, leased.device, every=self._every)
-            yield self.leased
 
 
 def run_check(plan: CheckPlan, *, command: tuple[str, ...]) -> str:
@@ -340,12 +314,19 @@ def summary(lines: list[Figures], machine: str) -> str:
         verdict = next((word for word in ("failed", "skipped") if word in line), "ok" if line.get("ok", True) else "NOT OK")
         said.append(f"- {line['check']}: {verdict}. {result or json.dumps(_rounded(figures))}")
     said += ["", "Defaults that these figures justify:"]
-    for setting, on in (("cuda_graphs", "graphs"), ("channels_last", "channels last")):
-        known = [line for line in lines if line["check"].startswith(on) and "times as fast" in line]
-        pays = bool(known) and all(line["ok"] and line["times as fast"] >= PAYS for line in known)
-        ratios = ", ".join(f"{line['times as fast']:.2f} ({line['check'].partition(', ')[2]})" for line in known)
-        said.append(f"- {setting} = {'on' if pays else 'off'}: {ratios or 'not measured'} times as fast")
+    for setting, of in (("cuda_graphs", "graphs"), ("channels_last", "channels last")):
+        said.append(_default(lines, setting, ("on", "off"), of=of, ratio="times as fast", pays=lambda faster: faster >= PAYS))
+    said.append(_default(lines, "blocks_to_swap", ("all", "none"), of="swapping", ratio="times as long",
+                         pays=lambda longer: longer <= SWAP_COSTS))
     return "\n".join(said) + "\n"
+
+
+def _default(lines: list[Figures], setting: str, words: tuple[str, str], *, of: str, ratio: str,
+             pays: Callable[[float], bool]) -> str:
+    known = [line for line in lines if line["check"].startswith(of) and ratio in line]
+    justified = bool(known) and all(line["ok"] and pays(line[ratio]) for line in known)
+    ratios = ", ".join(f"{line[ratio]:.2f} ({line['check'].partition(', ')[2]})" for line in known)
+    return f"- {setting} = {words[not justified]}: {ratios or 'not measured'} {ratio}"
 
 
 def _write(file: Path, line: Figures) -> None:

@@ -40,7 +40,13 @@ PLANS: Mapping[str, Mapping[str, Value]] = {
     "int8": {"memory_plan": "manual", "base_weights": "int8"},
     "int8, every block recomputed": {"memory_plan": "manual", "base_weights": "int8", "gradient_checkpointing": True},
 }
-OFFLOADED: Mapping[str, Value] = {"memory_plan": "manual", "cpu_offload_checkpointing": True}
+ON_GPU: Mapping[str, Mapping[str, Value]] = {
+    "activations offloaded": {"memory_plan": "manual", "cpu_offload_checkpointing": True},
+    "all blocks swapped, every block recomputed": {"memory_plan": "manual", "blocks_to_swap": 200,
+                                                   "gradient_checkpointing": True},
+    "int8, all blocks swapped": {"memory_plan": "manual", "blocks_to_swap": 200, "base_weights": "int8"},
+}
+SWAP: Mapping[str, Value] = {"blocks_to_swap": 200}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +131,7 @@ def _compare(plan: MemoryPlanned, case: Case, say: Say) -> list[Compared]:
     cuda = plan.device.type == "cuda"
     host = RandomHost(case.family, folder=plan.output, device=plan.device, dtype=dtype_of(plan.precision), small=plan.small)
     data = make_images(plan.output / f"pictures-{case.resolution}", side=case.resolution, count=max(4, case.batch))
-    plans = {**PLANS, **({"activations offloaded": OFFLOADED} if cuda else {})}
+    plans = {**PLANS, **(ON_GPU if cuda else {})}
     if cuda and case.within:
         plans[f"within {case.within:g} GB"] = {"memory_budget": case.within}
     rows = []

@@ -16,6 +16,7 @@ VARIANTS: Mapping[str, Mapping[str, Value]] = {
     "channels_first": {"channels_last": "off"},
     "recompute": {"gradient_checkpointing": True},
     "offload": {"cpu_offload_checkpointing": True},
+    "swapped": {"blocks_to_swap": 200, "memory_plan": "manual"},
     "int8": {"base_weights": "int8"},
     "fp8": {"base_weights": "fp8"},
     "fp32": {"mixed_precision": "no"},
@@ -24,7 +25,8 @@ VARIANTS: Mapping[str, Mapping[str, Value]] = {
 }
 """Names for `--compare`, and the settings that they stand for."""
 
-HOW_ONLY = frozenset({"cuda_graphs", "torch_compile", "channels_last", "gradient_checkpointing", "cpu_offload_checkpointing"})
+HOW_ONLY = frozenset({"cuda_graphs", "torch_compile", "channels_last", "gradient_checkpointing", "cpu_offload_checkpointing",
+                      "blocks_to_swap", "memory_plan"})
 """Settings that change how a step is computed and not what: losses of runs that differ in nothing else should be equal."""
 
 

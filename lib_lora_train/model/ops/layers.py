@@ -136,14 +136,14 @@ class Layers:
         self._weights.update({name: self._placed(name, weight, weight.device) for name, weight in weights.items()})
 
     def begin_swap(self, swap: BlockSwap) -> None:
-        """From now on kernels of its blocks wait on the CPU, and the rest is on its device: copies of tensors that their owner has
-        elsewhere."""
+        """From now on kernels of its blocks wait on the CPU, and the rest is on its device: copies of tensors that their owner
+        has elsewhere."""
         self._swap = swap
         for name, weight in tuple(self._weights.items()):
             self._weights[name] = swap.placed(name, weight)
 
     def end_swap(self) -> None:
-        """Leave the waiting weights alone, which their owner may then move. Nothing can be computed with them until `rebind`."""
+        """Leave the waiting weights alone, which their owner may then move. Nothing can be computed until `rebind`."""
         if self._swap is not None:
             self._swap.release()
 

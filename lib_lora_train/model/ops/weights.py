@@ -1,4 +1,4 @@
-"""What a frozen layer multiplies with: a borrowed tensor, a kernel in eight bits, or one that lies elsewhere until it is used."""
+"""What a frozen layer multiplies with: a borrowed tensor, or what is made one when it is used (eight bits, swapped blocks)."""
 
 from __future__ import annotations
 
