@@ -36,9 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     bench = argparse.ArgumentParser(prog="python tools/bench",
                                     description="Measure quality, speed and memory of the training.")
-    commands = bench.add_subparsers(
-        required=True, metavar="check | quality | recommend | rates | suggestions | background | speed | memory | cache "
-                                                    "| startup | model | studio | verdict")
+    commands = bench.add_subparsers(required=True, metavar="check | quality | recommend | rates | suggestions | eight-bits | "
+                                    "background | speed | memory | cache | startup | model | studio | verdict")
     _add_quality(commands)
     _add_recommend(commands)
     _add_rates(commands)
@@ -135,13 +134,13 @@ def _add_recommend(commands: argparse._SubParsersAction) -> None:
 
 def _add_rates(commands: argparse._SubParsersAction) -> None:
     for name, about in (("rates", "compare the rate finder's proposal with a sweep over learning rates"),
-                        ("suggestions", "compare the settings that are suggested with the default")):
+                        ("suggestions", "compare the settings that are suggested with the default"),
+                        ("eight-bits", "measure what a LoRA loses that is trained beside eight-bit weights")):
         parser = _add(commands, name, run_rates, about, out="table and figures; what is there already is not made again")
         parser.set_defaults(measured=name)
         parser.add_argument("--case", action="append", choices=("style", "subject"), default=[], help="by default both")
         parser.add_argument("--seeds", default="42,43,44", metavar="N,N,…", help="a run for each (42,43,44)")
-        parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of all runs; may be "
-                            "repeated")
+        parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one of all runs; may be repeated")
         parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
 
 
@@ -208,11 +207,12 @@ def run_recommend(chosen: argparse.Namespace) -> int:
 
 
 def run_rates(chosen: argparse.Namespace) -> int:
-    """`bench rates` and `bench suggestions`; returns the exit code."""
-    from tools.bench import rates, suggestions
+    """`bench rates`, `bench suggestions` and `bench eight-bits`; returns the exit code."""
+    from tools.bench import eight_bits, rates, suggestions
 
     make, run = {"rates": (rates.RatesPlan, rates.run_rates),
-                 "suggestions": (suggestions.SuggestionsPlan, suggestions.run_suggestions)}[chosen.measured]
+                 "suggestions": (suggestions.SuggestionsPlan, suggestions.run_suggestions),
+                 "eight-bits": (eight_bits.EightBitsPlan, eight_bits.run_eight_bits)}[chosen.measured]
     plan = make(chosen.out, cases=tuple(chosen.case) or ("style", "subject"), seeds=_numbers("--seeds", chosen.seeds),
                 changes=dict(assignment(text) for text in chosen.set))
     return _done(run(plan, _demo_host(chosen), say=_say), chosen)
