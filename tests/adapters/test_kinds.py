@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lib_lora_train.adapters import file
 from lib_lora_train.adapters.base import AdapterKind, merged
+from lib_lora_train.adapters.dropout import DropoutRates
 from lib_lora_train.adapters.lokr import LoKr, split
 from lib_lora_train.adapters.network import ADAPTERS, AdapterNetwork, kind_of
 from lib_lora_train.adapters.oft import OFT
@@ -154,6 +155,30 @@ def predicted(family: str, adapters: Stack, *, dtype: torch.dtype = torch.float3
 def base(family: str) -> Tensor:
     with torch.no_grad():
         return predicted(family, {})
+
+
+def gradients(name: str, family: str, dtype: torch.dtype, **dropout: float) -> dict[str, Tensor]:
+    """Of every weight, computed in `dtype` on the copies that a training uses."""
+    network = network_of(name, family)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    network.dropout, network.dropout_keys.keys = DropoutRates(**dropout), torch.tensor([[1, 2]])
+    network.flatten(1e-3, 0.0, dtype=dtype)
+    predicted(family, network.training_adapters(), dtype=dtype).square().sum().backward()
+    return {f"{key}.{weight}": parameter.grad.clone() for key, layer in network.layers.items()
+            for weight, parameter in layer.named_parameters()}
+
+
+@pytest.mark.parametrize(("name", "family", "dropout"), [
+    *((name, family, {}) for name, family in EACH), ("LoCon", "sd1", {"numbers": 0.3}), ("LoCon", "sd1", {"rank": 0.3}),
+    ("DoRA", "sd1", {"module": 0.1})])
+def test_in_half_precision_every_weight_of_every_kind_has_the_gradient_that_it_has_in_fp32(name: str, family: str, dropout):
+    exact, rounded = (gradients(name, family, dtype, **dropout) for dtype in (torch.float32, torch.bfloat16))
+    assert all(bool(rounded[weight].any()) == bool(grad.any()) for weight, grad in exact.items())
+    whole, other = (torch.cat([grad.flatten() for grad in grads.values()]) for grads in (exact, rounded))
+    assert torch.cosine_similarity(whole, other, dim=0) > 0.98 and 0.95 < other.norm() / whole.norm() < 1.05
 
 
 @pytest.mark.parametrize(("name", "family"), EACH)

@@ -40,10 +40,26 @@ class LoRADelta:
     working: tuple[Tensor, Tensor] | None = None
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(down, up) in `dtype`."""
-        if self.working is not None and self.working[0].dtype == dtype:
+        """(down, up) in `dtype`, differentiable."""
+        if self.working is None or self.working[0].dtype != dtype:
+            return self.down.to(dtype), self.up.to(dtype)
+        if not torch.is_grad_enabled():
             return self.working
-        return self.down.to(dtype), self.up.to(dtype)
+        return _Copy.apply(self.down, self.working[0]), _Copy.apply(self.up, self.working[1])
+
+
+class _Copy(torch.autograd.Function):
+    """A copy of a weight in another dtype, of which the weight has the gradient, as of a cast."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
 
 
 Frozen = tuple[Weight, "Tensor | None"]
