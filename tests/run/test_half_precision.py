@@ -1,0 +1,73 @@
+"""What is learnt in half precision, with which nearly every GPU trains, is what is learnt in fp32: each setting that changes
+the computation in a run of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from lib_lora_train import events
+from lib_lora_train.host.standalone import StandaloneHost
+from lib_lora_train.settings import parse
+from tests.conftest import MakeImage
+from tests.jobs import run_settings
+from tests.model.checkpoint_files import write_shallow
+
+SGD = {"optimizer_type": "torch.optim.SGD", "learning_rate": 0.5, "max_grad_norm": 0.0}
+"""In which a wrong gradient shows: AdamW goes as far whatever the gradient's size."""
+CASES: dict[str, dict[str, object]] = {
+    "convolutions": {"conv_dim": 2}, "dropout": {"network_dropout": 0.2}, "rank dropout": {"rank_dropout": 0.3},
+    "module dropout": {"module_dropout": 0.3, "conv_dim": 2}, "checkpointed": {"gradient_checkpointing": True},
+    "text encoders": {"network_train_unet_only": False, "text_encoder_lr": 0.5},
+    "word": {"train_trigger_embedding": True, "embedding_lr": 0.1}, "pyramid noise": {"multires_noise_iterations": 3},
+    "huber": {"loss_type": "huber"}, "debiased": {"debiased_estimation_loss": True}, "dop": {"preservation": "dop"},
+    "dco": {"preservation": "dco", "dco_beta": 10.0}, "LoRA+": {"loraplus_lr_ratio": 4.0},
+    "masks": {"alpha_mask": True, "masked_prior_preservation_weight": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shallow(tmp_path_factory.mktemp("checkpoints"))["sd1"]
+
+
+@pytest.fixture
+def images(make_image: MakeImage, tmp_path: Path) -> Path:
+    for number in range(2):
+        path = make_image(f"images/{number}.png", size=(64, 64), caption="zzk, a red cat, on grass")
+        image = Image.open(path).convert("RGBA")
+        image.putalpha(Image.linear_gradient("L").resize(image.size).point(lambda value: max(value, 1)))
+        image.save(path)
+    return tmp_path / "images"
+
+
+def learnt(images: Path, checkpoint: Path, folder: Path, **changes: object) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """What was zero at the beginning and the vectors of the word, and the losses of the steps."""
+    losses: list[float] = []
+
+    def report(event: events.Event) -> None:
+        if isinstance(event, events.Step):
+            losses.append(event.loss)
+
+    host = StandaloneHost(checkpoint, lora_folder=folder, runs_folder=folder / "runs")
+    finished = run_settings(parse({
+        "train_data_dir": str(images), "output_name": "zzk", "trigger_word": "zzk", "resolution": "64", "min_bucket_reso": 64,
+        "num_repeats": 1, "max_train_steps": 3, "network_dim": 4, "network_alpha": 4, "save_precision": "float",
+        "train_batch_size": 2, "lr_scheduler": "constant", "sample_images": False, "validation": False, "save_state": False,
+        "save_every_n_epochs": 0, "preservation_class": "cat", **SGD, **changes}), host, report=report, stop=lambda: "")
+    return {name: tensor for name, tensor in load_file(finished.path).items()
+            if name.endswith("lora_up.weight") or "emb" in name}, losses
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_learnt_is_what_is_learnt_in_fp32(case: str, images: Path, checkpoint: Path, tmp_path: Path) -> None:
+    (exact, losses), (rounded, others) = (
+        learnt(images, checkpoint, tmp_path / precision, mixed_precision=precision, **CASES[case]) for precision in ("no", "bf16"))
+    assert others == pytest.approx(losses, rel=0.03)
+    assert exact.keys() == rounded.keys()
+    assert [name for name in exact if bool(exact[name].any()) != bool(rounded[name].any())] == []
+    whole, other = (torch.cat([tensor.flatten().float() for tensor in tensors.values()]) for tensors in (exact, rounded))
+    assert torch.cosine_similarity(whole, other, dim=0) > 0.98 and 0.9 < other.norm() / whole.norm() < 1.1
