@@ -12,13 +12,17 @@ from safetensors.torch import load_file
 
 from lib_lora_train import events
 from lib_lora_train.host.standalone import StandaloneHost
+from lib_lora_train.run import job
 from lib_lora_train.settings import parse
 from tests.conftest import MakeImage
 from tests.jobs import run_settings
 from tests.model.checkpoint_files import write_shallow
+from tests.run.test_network_matrix import computes_fp16
 
 SGD = {"optimizer_type": "torch.optim.SGD", "learning_rate": 0.5, "max_grad_norm": 0.0}
 """In which a wrong gradient shows: AdamW goes as far whatever the gradient's size."""
+HALF = [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.skipif(
+    not computes_fp16(), reason="this torch multiplies no fp16 matrices on a CPU"))]
 CASES: dict[str, dict[str, object]] = {
     "convolutions": {"conv_dim": 2}, "dropout": {"network_dropout": 0.2}, "rank dropout": {"rank_dropout": 0.3},
     "module dropout": {"module_dropout": 0.3, "conv_dim": 2}, "checkpointed": {"gradient_checkpointing": True},
@@ -62,10 +66,13 @@ def learnt(images: Path, checkpoint: Path, folder: Path, **changes: object) -> t
             if name.endswith("lora_up.weight") or "emb" in name}, losses
 
 
+@pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_learnt_is_what_is_learnt_in_fp32(case: str, images: Path, checkpoint: Path, tmp_path: Path) -> None:
-    (exact, losses), (rounded, others) = (
-        learnt(images, checkpoint, tmp_path / precision, mixed_precision=precision, **CASES[case]) for precision in ("no", "bf16"))
+def test_what_is_learnt_is_what_is_learnt_in_fp32(case: str, dtype: torch.dtype, images: Path, checkpoint: Path, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, losses = learnt(images, checkpoint, tmp_path / "exact", **CASES[case])
+    monkeypatch.setattr(job, "compute_dtype", lambda *args, **given: dtype)  # which refuses fp16 without a GPU
+    rounded, others = learnt(images, checkpoint, tmp_path / "rounded", **CASES[case])
     assert others == pytest.approx(losses, rel=0.03)
     assert exact.keys() == rounded.keys()
     assert [name for name in exact if bool(exact[name].any()) != bool(rounded[name].any())] == []
