@@ -42,6 +42,7 @@ class FlatWeights:
     values     [n] fp32
     gradient   [n] fp32; always there: it is cleared with zeros, never set to None
     working    [n]: the same numbers in the dtype of the computation, as of the last `refresh`; None where that is fp32
+    partial    [n]: gradients in that dtype, which `collect` adds to `gradient`; None where that is fp32
     shapes     of all weights of the groups, also of those that want no gradient: a member's number is a place in it
     """
 
@@ -54,7 +55,8 @@ class FlatWeights:
         self._starts = dict(zip(trained, itertools.accumulate(map(_padded, trained), initial=0), strict=False))
         self.values = torch.zeros(sum(map(_padded, trained)), device=trained[0].device)
         self.gradient = torch.zeros_like(self.values)
-        self.working = None if dtype == torch.float32 else torch.zeros_like(self.values, dtype=dtype)
+        self.working, self.partial = (
+            None if dtype == torch.float32 else torch.zeros_like(self.values, dtype=dtype) for _ in range(2))
         for weight in trained:
             self._view(self.values, weight).copy_(weight.detach())
         numbers = {weight: number for number, weight in enumerate(weights)}
@@ -76,7 +78,7 @@ class FlatWeights:
 
     def buffers(self) -> list[Tensor]:
         """All that takes memory. Who moves it, in place, calls `rebind` afterwards."""
-        return [buffer for buffer in (self.values, self.gradient, self.working) if buffer is not None]
+        return [buffer for buffer in (self.values, self.gradient, self.working, self.partial) if buffer is not None]
 
     def rebind(self) -> None:
         """Make weights, groups and their gradients views of the buffers where these are now."""
@@ -99,8 +101,24 @@ class FlatWeights:
             yield number, self._view(flat, weight)
 
     def working_copy(self, weight: nn.Parameter) -> Tensor | None:
-        """The view of `working` that belongs to `weight`; None where there is none."""
-        return None if self.working is None or weight not in self._starts else self._view(self.working, weight)
+        """The view of `working` that belongs to `weight`, and as its `grad` that of `partial`; None where there is none."""
+        if self.working is None or self.partial is None or weight not in self._starts:
+            return None
+        copy = self._view(self.working, weight)
+        copy.grad = self._view(self.partial, weight)
+        return copy
+
+    def collect(self) -> None:
+        """Add to `gradient` what layers have added to `partial`: one cast for all, after each micro-batch."""
+        if self.partial is not None:
+            self.gradient.add_(self.partial)
+            self.partial.zero_()
+
+    def clear(self) -> None:
+        """Set all gradients to zero."""
+        self.gradient.zero_()
+        if self.partial is not None:
+            self.partial.zero_()
 
     def refresh(self) -> None:
         """Bring `working` up to date: one copy, after each change of the weights."""

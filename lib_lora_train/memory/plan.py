@@ -306,8 +306,8 @@ def _sampling(tensors: Mapping[str, Tensor], workload: Workload, config: StepCon
 
 
 def _lora_and_optimizer(workload: Workload) -> int:
-    """Bytes of weight and gradient in fp32, of the optimizer's state, and of a copy in the dtype of the computation."""
-    copy = 0 if workload.dtype == torch.float32 else workload.dtype.itemsize
+    """Bytes of weight and gradient in fp32, of the optimizer's state, and of copies of both in the dtype of the computation."""
+    copy = 0 if workload.dtype == torch.float32 else 2 * workload.dtype.itemsize
     return int((8 + copy + workload.optimizer_bytes) * workload.parameters)
 
 

@@ -55,6 +55,7 @@ class CudaGraphStep(TrainStep):
                 raise
             self._refused = True
             self._report(Warned(f"The step runs without CUDA graphs: {str(error).splitlines()[0]}"))
+        self.weights.clear()
         self.weights.gradient.copy_(before)
 
 

@@ -55,6 +55,7 @@ class TrainStep:
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss to those that are there, and the loss to `loss`."""
         self._scaler.scaled(loss).backward()
+        self.weights.collect()
         self._dropout_keys.keys = None
         self.loss.add_(loss.detach())
 
@@ -65,7 +66,7 @@ class TrainStep:
     def clear(self) -> None:
         """Set gradients and sums to zero."""
         self._dropout_keys.keys = None
-        self.weights.gradient.zero_()
+        self.weights.clear()
         self.sums.zero_()
 
     def release(self) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_lora_train.adapters.network import AdapterNetwork
 from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.model import frozen
+from lib_lora_train.model.ops.layers import adapted_linear
 from tests.adapters.test_network import equal, learnt, small_targets
 from tests.model import small_checkpoints
 
@@ -39,6 +44,42 @@ def test_backward_adds_to_the_buffer_and_nothing_between_the_weights_is_touched(
     assert all((parameter.grad == 2 * (number + 1)).all() for number, parameter in enumerate(parameters))
     expected = sum(2 * (number + 1) * parameter.numel() for number, parameter in enumerate(parameters))
     assert weights.gradient.double().sum() == expected
+
+
+class Ops(TorchDispatchMode):
+    """The names of the operations whose result is as large as a weight of `shapes`."""
+
+    def __init__(self, shapes: set[torch.Size]) -> None:
+        super().__init__()
+        self.names, self._shapes = list[str](), shapes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if isinstance(result, torch.Tensor) and result.shape in self._shapes and name not in ("t", "view", "detach"):
+            self.names.append(name)
+        return result
+
+
+def test_in_half_precision_backward_takes_one_kernel_a_weight_and_all_casts_are_one() -> None:
+    network = learnt(small_targets())
+    layers = [layer for layer in network.layers.values() if layer.down.ndim == 2]
+    weights = network.flatten(1e-3, 1e-4, dtype=torch.bfloat16)
+    shapes = {side.shape for layer in layers for side in (layer.down, layer.up)}
+    for layer in layers:
+        x = torch.randn(7, layer.down.shape[1], dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.randn(layer.up.shape[0], layer.down.shape[1], dtype=torch.bfloat16)
+        y = adapted_linear(layer, x, weight, None)
+        with Ops(shapes) as ops:
+            y.sum().backward()
+        assert ops.names == ["addmm_", "addmm_"]
+        expected = [side.detach().bfloat16().requires_grad_() for side in (layer.down, layer.up)]
+        (F.linear(x.detach(), weight) + F.linear(F.linear(x.detach(), expected[0]), expected[1]) * layer.scale).sum().backward()
+        assert not layer.down.grad.any() and not layer.up.grad.any()
+        weights.collect()
+        for weight, copy in zip((layer.down, layer.up), expected, strict=True):
+            torch.testing.assert_close(weight.grad, copy.grad.float(), rtol=0.02, atol=0.02 * float(copy.grad.abs().max()))
+        weights.clear()
 
 
 def test_copies_to_compute_with_follow_the_weights_by_one_copy() -> None:

@@ -165,8 +165,9 @@ def gradients(name: str, family: str, dtype: torch.dtype, **dropout: float) -> d
         for parameter in network.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     network.dropout, network.dropout_keys.keys = DropoutRates(**dropout), torch.tensor([[1, 2]])
-    network.flatten(1e-3, 0.0, dtype=dtype)
+    flat = network.flatten(1e-3, 0.0, dtype=dtype)
     predicted(family, network.training_adapters(), dtype=dtype).square().sum().backward()
+    flat.collect()
     return {f"{key}.{weight}": parameter.grad.clone() for key, layer in network.layers.items()
             for weight, parameter in layer.named_parameters()}
 

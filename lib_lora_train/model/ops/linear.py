@@ -31,7 +31,9 @@ class LoRADelta:
     """A trained product: `scale` · up · down, with down [r, in] and up [out, r], whose gradients have their dtype.
 
     For a convolution above 1x1, `down` is [r, in, k, k].
-    `working` are the same numbers in another dtype, used by activations of that dtype in place of a cast.
+    `working` are the same numbers in another dtype, used by activations of that dtype in place of a cast. Where such a copy has
+    a `grad`, the gradient is added there, in one kernel, and autograd has none of the weight: whoever made the copy adds it to
+    the weight's.
     """
 
     down: Tensor
@@ -49,17 +51,20 @@ class LoRADelta:
 
 
 class _Copy(torch.autograd.Function):
-    """A copy of a weight in another dtype, of which the weight has the gradient, as of a cast."""
+    """A copy of a weight in another dtype, of which the copy has the gradient if it has any, else the weight, as of a cast."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
-        ctx.dtype = weight.dtype
+        ctx.dtype, ctx.grad = weight.dtype, copy.grad
         return copy.view_as(copy)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.to(ctx.dtype), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        if ctx.grad is None:
+            return grad.to(ctx.dtype), None
+        ctx.grad.add_(grad)
+        return None, None
 
 
 Frozen = tuple[Weight, "Tensor | None"]
@@ -130,14 +135,13 @@ class _SharedInput(torch.autograd.Function):
                 continue
             end = start + pair[0].shape[0]
             wanted = ctx.needs_input_grad[_FACTORS + 1 + 2 * len(ups)]
-            ups.append(_scaled(grad.t() @ projected[:, start:end], delta).to(delta.up.dtype) if wanted else None)
+            ups.append(_product(grad.t(), projected[:, start:end], delta, 1, scale=delta.scale) if wanted else None)
             projected_grads.append(_scaled(grad @ pair[1], delta))
             start = end
         projected_grad = _concatenated(projected_grads, dim=1) if projected_grads else None
         downs = [None] * len(ups) if x is None else [
-            grad.to(delta.down.dtype) if wanted else None for grad, delta, wanted in zip(
-                (projected_grad.t() @ _rows(x)).split([grad.shape[1] for grad in projected_grads]),
-                filter(None, ctx.trained), ctx.needs_input_grad[_FACTORS::2], strict=True)]
+            _product(grad.t(), _rows(x), delta, 0) if wanted else None for grad, delta, wanted in zip(
+                projected_grads, filter(None, ctx.trained), ctx.needs_input_grad[_FACTORS::2], strict=True)]
 
         grad_source = grad_x = None
         if ctx.needs_input_grad[0]:
@@ -154,6 +158,16 @@ class _SharedInput(torch.autograd.Function):
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
+
+
+def _product(left: Tensor, right: Tensor, delta: LoRADelta, side: int, *, scale: float = 1.0) -> Tensor | None:
+    """The gradient of `down` (side 0) or `up` (1), `scale` · left · right; None where it was added to the copy's."""
+    copy = None if delta.working is None or delta.working[side].dtype != left.dtype else delta.working[side]
+    if copy is None or copy.grad is None:
+        product = left @ right
+        return (product if scale == 1 else product.mul_(scale)).to((delta.down, delta.up)[side].dtype)
+    copy.grad.addmm_(left, right, alpha=scale)
+    return None
 
 
 def _scaled(product: Tensor, delta: LoRADelta) -> Tensor:
