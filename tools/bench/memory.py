@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from tools.bench.timed_run import measure_run
 from tools.bench.training import Say
 from tools.bench.true_size import dtype_of
 
-BUDGETS = (4, 6, 8, 12, 24)
+BUDGETS = (3, 4, 6, 8, 12, 24)
 IN_A_STEP = ("activations", "working")
 """The kinds of bytes that come and go within a step; the others lie there before it."""
 
@@ -88,7 +88,8 @@ def run_memory(plan: MemoryPlanned, *, say: Say) -> str:
     """
     parts, predicted = [machine_text(plan.device)], []
     if plan.predict:
-        predicted = [(case, budget, _for_a_gpu(plan, case, budget, say)) for case in PUBLISHED for budget in plan.budgets]
+        predicted = [(case, budget, made) for case in PUBLISHED for budget in plan.budgets
+                     for made in _for_a_gpu(plan, case, budget, say)]
         parts += ["Predicted for a GPU, fp16, CUDA's own memory included: before the first step, while pictures and "
                   "captions are encoded, and in steps, text encoders and VAE on the CPU (GB of 2^30 bytes):",
                   _predictions(predicted)]
@@ -119,12 +120,16 @@ def planned(tensors: Mapping[str, torch.Tensor], case: Case, *, settings: Mappin
                        parts_on_cpu=frozenset({"vae", "text"} if device_type == "cuda" else ()))
 
 
-def _for_a_gpu(plan: MemoryPlanned, case: Case, budget: int, say: Say) -> MemoryPlan:
+def _for_a_gpu(plan: MemoryPlanned, case: Case, budget: int, say: Say) -> Iterator[MemoryPlan]:
+    """By default, and where that is short of memory with as many blocks swapped as it must."""
     host = RandomHost(case.family, folder=plan.output, device=plan.device, dtype=torch.float16)
-    made = planned(host.outline().tensors, case, settings={}, device_type="cuda", precision="fp16",
-                   rank=plan.rank, budget=budget * GIGABYTE)
-    say(f"{case.name} in {budget} GB: {made.text}")
-    return made
+    for settings in ({}, SWAP):
+        made = planned(host.outline().tensors, case, settings=settings, device_type="cuda", precision="fp16",
+                       rank=plan.rank, budget=budget * GIGABYTE)
+        say(f"{case.name} in {budget} GB: {made.text}")
+        yield made
+        if not made.config.base_dtype and not made.missing:
+            break
 
 
 def _compare(plan: MemoryPlanned, case: Case, say: Say) -> list[Compared]:
