@@ -14,13 +14,14 @@ from pathlib import Path
 
 from lib_lora_train.errors import SettingError, counted
 from lib_lora_train.events import Diagnosed, Event, Finished, Report, Step
-from lib_lora_train.host.port import Host
+from lib_lora_train.host.port import Host, never
 from lib_lora_train.run.callbacks import Stop
 from lib_lora_train.run.job import run_job
 from lib_lora_train.run.optimizing import traits_of
 from lib_lora_train.run.planning import RunPlan, plan_job
 from lib_lora_train.settings import Settings, flat, named, parse
 from lib_lora_train.settings.network import BLOCK_RATES, LORA_PLUS
+from lib_lora_train.settings.presets import NO_PRESET
 
 STEPS = 100
 LION_SHARE = 1 / 3
@@ -33,7 +34,7 @@ _OTHER: Mapping[str, object] = {
     "optimizer_type": "Prodigy", "optimizer_args": "", "learning_rate": 1.0, "unet_lr": 0.0,
     "lr_scheduler": "constant", "lr_warmup_steps": 0, "ema_decay": 0.0, "scale_weight_norms": 0.0,
     "max_train_minutes": 0.0, "validation": False, "sample_images": False, "save_every_n_epochs": 0, "save_every_n_steps": 0,
-    "save_state": False, "save_state_on_train_end": False, "overwrite": True, "resume": "", "preset": "None",
+    "save_state": False, "save_state_on_train_end": False, "overwrite": True, "resume": "", "preset": NO_PRESET,
     **dict.fromkeys(BLOCK_RATES, ""), **dict.fromkeys(LORA_PLUS, 0.0)}
 
 
@@ -65,8 +66,8 @@ def share_for(settings: Settings) -> float:
 
 
 def find_rate(plan: RunPlan, host: Host, *, requested: Settings, report: Report, stop: Stop, folder: Path | None = None,
-              sample_now: Callable[[], bool] = lambda: False, save_now: Callable[[], bool] = lambda: False,
-              paused: Callable[[], bool] = lambda: False) -> Finished:
+              sample_now: Callable[[], bool] = never, save_now: Callable[[], bool] = never,
+              paused: Callable[[], bool] = never) -> Finished:
     """Carry out the plan of `plan_finder`, and report the rate for the settings that were `requested` as a `Diagnosed`. The
     other arguments, the result and what is raised are those of `run_job`."""
     rates: list[float] = []
