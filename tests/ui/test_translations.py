@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from lib_lora_train.settings import DECLARATIONS, named
+from lib_lora_train.errors import SettingError
+from lib_lora_train.run.sweep import expand
+from lib_lora_train.settings import DECLARATIONS, named, parse
 from tests.browser import needs_browser
 from tools.localization import FIELD, JOINTS, LANGUAGES, SCRIPTS, catalogue
 
@@ -63,3 +65,18 @@ def test_a_text_of_several_parts_is_translated_as_one(speaker: Speaker):
     assert len(several) > 500
     said = {text: speaker.says(filled(text, values_of(text, named(LABEL)))) for text in several}
     assert said == {text: filled(speaker.catalogue[text], values_of(text, speaker.label(LABEL))) for text in several}
+
+
+@pytest.mark.parametrize("axes", [{"optimizer_type": ["NoSuch"]}, {"max_train_steps": [0]}, {"resolution": ["9"]},
+                                  {"min_timestep": [900], "max_timestep": [100]}])
+def test_the_refusal_of_a_sweep_is_translated_with_what_is_refused(speaker: Speaker, axes: dict[str, list[object]]):
+    plain = {"output_name": "zzk", "max_train_epochs": 0}
+    with pytest.raises(SettingError) as alone:
+        parse({**plain, **{name: value for name, (value,) in axes.items()}})
+    with pytest.raises(SettingError) as swept:
+        expand(plain, axes=axes)
+    told = speaker.says(str(alone.value))
+    assert not re.search("[a-z]{3,} [a-z]{3,} [a-z]{3,}", told)
+    before, after = speaker.catalogue["The sweep is refused because of {name}: {error}."].split("{error}")
+    said = speaker.says(str(swept.value))
+    assert said.startswith(before.partition("{name}")[0]) and said.endswith(told.rstrip(".。") + after)
