@@ -59,6 +59,7 @@ def listed(runs: Path, *, offset: int = 0, count: int = 30) -> dict[str, Any]:
     """Some of the runs as plain data: {"total": of all runs, "runs": [...]}, each with
 
         id, name, started, outcome, message, steps, total, verdict, finding, resume_step
+        usable     whether another run may have its settings: not those of a rate finder
         file       of the image that shows its recommended save, "" for none
         save, weight, scores   what is recommended, and {name: number} of `MEASURES`
         checkpoint, sweep {id, name, values} or None
@@ -214,7 +215,7 @@ def _read(folder: Path, state: object) -> dict[str, Any]:
     return {
         **{name: getattr(past, name) for name in ("id", "name", "message", "steps", "total", "verdict", "resume_step")},
         "outcome": past.outcome, "started": history.started,
-        "finding": found.finding, "file": image or last, "save": found.save, "weight": found.weight,
+        "finding": found.finding, "usable": found.usable, "file": image or last, "save": found.save, "weight": found.weight,
         "scores": {name: found.values.get(name) for name in (*NAMES, GAIN)},
         "checkpoint": history.planned.checkpoint if history.planned else "",
         "sweep": dataclasses.asdict(sweep) if sweep else None}

@@ -42,12 +42,21 @@ def plan_finder(settings: Settings, host: Host, *, steps: int = STEPS) -> RunPla
     """The plan of the short run: what decides how a step learns is that of `settings`, but for the optimizer and its rates.
     Raises UserError, also where the optimizer of `settings` needs no rate or another kind of rate."""
     share_for(settings)
-    name = f"{settings.save.output_name or 'lora'}{SUFFIX}"
+    return dataclasses.replace(plan_job(finder_settings(settings, steps=steps), host), saves=False)
+
+
+def finder_settings(settings: Settings, *, steps: int = STEPS) -> Settings:
+    """Those of the short run, which belong to no other."""
     network = settings.network  # all that is trained has one rate; what has no effect stays as it is
     rates = {"text_encoder_lr": not network.network_train_unet_only, "embedding_lr": network.train_trigger_embedding}
-    short = parse({**flat(settings), **_OTHER, **{rate: 1.0 for rate, trained in rates.items() if trained},
-                   "max_train_steps": steps, "output_name": name})
-    return dataclasses.replace(plan_job(short, host), saves=False)
+    return parse({**flat(settings), **_OTHER, **{rate: 1.0 for rate, trained in rates.items() if trained},
+                  "max_train_steps": steps, "output_name": f"{settings.save.output_name or 'lora'}{SUFFIX}"})
+
+
+def is_finder(values: Mapping[str, object]) -> bool:
+    """Whether a run that was recorded with these settings was such a short one, however it ended."""
+    return str(values.get("output_name", "")).endswith(SUFFIX) and all(
+        values.get(name) == value for name, value in _OTHER.items())
 
 
 def share_for(settings: Settings) -> float:
