@@ -68,11 +68,14 @@ def suggest(settings: Settings, host: Host, *, purpose: str, fits: Fits = lambda
     checkpoint = host.checkpoint()
     family = checkpoint.family if checkpoint else ""
     chosen = {name: value for name, value in _of_preset(purpose).items() if name != "learning_rate"}
+    made: dict[str, Suggestion] = {}
     if traits_of(settings).adapts_rate:
         chosen |= {"learning_rate": 1.0, "unet_lr": 0.0}
+        if settings.optimizer.unet_lr:
+            made["unet_lr"] = Suggestion("unet_lr", 0.0, "It would take the place of the learning rate, and multiply what the "
+                                         "optimizer finds.")
     settings = _with(settings, chosen)
     first = plan_dataset(settings, family=family, allowed=host.allowed)
-    made: dict[str, Suggestion] = {}
     for suggestion in itertools.chain(_purpose(purpose), _images(first, family), _captions(first, purpose),
                                       _masks(first, host)):
         made[suggestion.setting] = suggestion
