@@ -21,7 +21,7 @@ from lib_lora_train.results.comparison import GAIN, compared_run
 from lib_lora_train.results.grid import CELLS
 from lib_lora_train.results.history import read_history
 from lib_lora_train.results.overview import plain, shown
-from lib_lora_train.results.saves import certainly_wrote, result_path, saves_of
+from lib_lora_train.results.saves import result_path, saves_of, wrote
 from lib_lora_train.results.scoring import SCORES
 from lib_lora_train.run.output import step_path
 from lib_lora_train.run.queue_file import queued_runs
@@ -95,7 +95,7 @@ def folder_size(folder: Path) -> int:
 
 def loras_of(folder: Path) -> tuple[Path, ...]:
     """The LoRAs that are there and say themselves that the run in `folder` wrote them: its saves and its result."""
-    return tuple(path for path in _targets(folder) if certainly_wrote(folder, path))
+    return tuple(path for path in _targets(folder) if wrote(folder, path))
 
 
 def deletion(runs: Path, ids: Sequence[str], *, with_loras: bool, allowed: AllowedPaths | None = None) -> Deletion:
