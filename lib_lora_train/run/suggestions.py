@@ -204,7 +204,7 @@ def _masks(plan: RunPlan, host: Host) -> Iterator[Suggestion]:
     dataset = dataclasses.replace(plan.dataset, examples=tuple(
         dataclasses.replace(example, subset=dataclasses.replace(example.subset, masks=masked.masks))
         for example in plan.dataset.examples))
-    found = len(masks_of(dataset, may_read=host.allowed.may_read if host.allowed else None))
+    found = len({image for image, _ in masks_of(dataset, may_read=host.allowed.may_read if host.allowed else None)})
     if found:
         yield Suggestion("masked_loss", True, f"{found} of {counted(plan.dataset.images, 'picture')} have a mask, and only "
                          "what is white in it should be learnt.")
