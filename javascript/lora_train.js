@@ -2,9 +2,9 @@
  * lora_train_progress.js, how it learns by lora_train_learning.js, the offer to resume a run by lora_train_resume.js, what may
  * be done with its LoRA by lora_train_result.js; the runs that wait by lora_train_queue.js.
  *
- * The page's fields and its Train button are gradio's; everything about a running job is asked for and drawn here, so a
- * reloaded page shows it again. One poll at a time: every second while a job runs and the tab is in sight, every ten
- * when idle, none in the background unless a notice is wanted. All text is set as textContent.
+ * The page's fields (lora_train_fields.js) and its Train button are gradio's; everything about a running job is asked for and
+ * drawn here, so a reloaded page shows it again. One poll at a time: every second while a job runs and the tab is in sight,
+ * every ten when idle, none in the background unless a notice is wanted. All text is set as textContent.
  */
 (function() {
     "use strict";

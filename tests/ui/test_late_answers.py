@@ -35,6 +35,16 @@ class Held:
             route.fulfill(response=answer) if answer else route.continue_()
 
 
+def opened(served: Served) -> None:  # noqa: F811
+    """The page with its fields filled, and all that it asks answered."""
+    served.open()
+    served.fill()
+    served.page.wait_for_function("""() => {
+        const value = (name) => document.querySelector(`#lora_train_${name} :is(input, textarea)`).value;
+        return value("number") && value("number") === value("planned");
+    }""")
+
+
 def type_in(served: Served, name: str, text: str) -> None:  # noqa: F811
     served.box(name).fill(text)
     served.box(name).blur()
@@ -43,9 +53,7 @@ def type_in(served: Served, name: str, text: str) -> None:  # noqa: F811
 def test_a_button_stays_where_it_is_while_a_plan_is_awaited_and_answered(served: Served):  # noqa: F811
     page, overwrite = served.page, served.part("overwrite_it")
     (served.host.lora_folder / "zzk.safetensors").write_bytes(b"older")
-    served.open()
-    served.fill()
-    expect(served.line("summary")).to_contain_text("Train will ask before replacing it")
+    opened(served)
     served.part("start").click()
     expect(overwrite).to_be_visible()
     expect(served.line("summary")).to_contain_text("Train will ask before replacing it")
@@ -64,8 +72,7 @@ def test_a_button_stays_where_it_is_while_a_plan_is_awaited_and_answered(served:
 
 
 def test_what_is_typed_while_a_plan_is_awaited_is_planned_as_well(served: Served):  # noqa: F811
-    served.open()
-    served.fill()
+    opened(served)
     held = Held(served.page)
     type_in(served, "num_repeats", "2")
     held.wait()
@@ -78,8 +85,7 @@ def test_what_is_typed_while_a_plan_is_awaited_is_planned_as_well(served: Served
 
 
 def test_an_answer_that_was_overtaken_does_not_stay(served: Served):  # noqa: F811
-    served.open()
-    served.fill()
+    opened(served)
     held = Held(served.page, answered=True)
     type_in(served, "num_repeats", "2")
     held.wait()
