@@ -48,12 +48,12 @@ class Handlers:
     defaults: Mapping[str, Value]
     token: str = dataclasses.field(repr=False)
 
-    def plan(self, token: str, page: OpenPage, number: str, answer: str, preset: str, *values: object) -> tuple[Any, ...]:
+    def plan(self, token: str, page: OpenPage, number: str, preset: str, *values: object) -> tuple[Any, ...]:
         """(the summary as HTML, the fields as JSON for the browser to remember, the refusal, the button "Overwrite it", the
         preset in force, the curve of the learning rate as HTML, `number`).
 
-        `answer` is the refusal beside the button; one of other values than these is removed together with the button. By the
-        `number` the script knows what is answered.
+        A refusal of other values than these is removed together with the button. By the `number` the script knows what is
+        answered.
         """
         if not self._ours(token):
             return _problem(OUTDATED), *[gr.update()] * 5, number
@@ -67,10 +67,8 @@ class Handlers:
         if outdated():
             # A newer question is being answered, or a refusal came that this plan knows nothing of.
             return (gr.update(),) * 7
-        others = self._list_of_presets(in_force, before=preset), _curve(chosen, steps=steps), number
-        if not answer or page.answers(chosen):
-            return summary, draft, gr.update(), gr.update(), *others
-        return summary, draft, "", gr.update(visible=False), *others
+        return (summary, draft, *page.shown(chosen), self._list_of_presets(in_force, before=preset),
+                _curve(chosen, steps=steps), number)
 
     def start(self, token: str, page: OpenPage, *values: object, overwrite: bool = False) -> tuple[Any, Any]:
         """(a refusal as HTML or nothing, whether the button "Overwrite it" shows)."""
@@ -86,12 +84,11 @@ class Handlers:
         except LoraTrainError as error:
             taken = isinstance(error, OutputError) and self._taken(chosen)
             if taken:
-                page.taken = _file(chosen)
                 error = OutputError(error.what, why=error.why, remedy="choose another name or overwrite it")
-            return _problem(str(error)), gr.update(visible=taken)
+            return page.answer(_problem(str(error)), taken=_file(chosen) if taken else ())
         except Exception as error:  # noqa: BLE001 - as in `_summary`
-            return _problem(Failure.of(error, name="Starting").message), gr.update(visible=False)
-        return "", gr.update(visible=False)
+            return page.answer(_problem(Failure.of(error, name="Starting").message))
+        return page.answer("")
 
     def find_rate(self, token: str, page: OpenPage, *values: object) -> tuple[Any, Any]:
         """As `start`, of a short run that finds a learning rate for these settings."""
@@ -103,10 +100,10 @@ class Handlers:
         try:
             service.find_learning_rate(chosen, runner=self.runner, host=self.host)
         except LoraTrainError as error:
-            return _problem(str(error)), gr.update(visible=False)
+            return page.answer(_problem(str(error)))
         except Exception as error:  # noqa: BLE001 - as in `_summary`
-            return _problem(Failure.of(error, name="Starting").message), gr.update(visible=False)
-        return "", gr.update(visible=False)
+            return page.answer(_problem(Failure.of(error, name="Starting").message))
+        return page.answer("")
 
     def start_overwriting(self, token: str, page: OpenPage, *values: object) -> tuple[Any, Any]:
         """As `start`, replacing a LoRA of the name, this once: the one that the page was refused for."""
@@ -131,10 +128,10 @@ class Handlers:
             put = enqueue_sweep if wanted.axes or wanted.overrides else enqueue
             put(wanted, queue=queue_for(self.host, self.runner), host=self.host)
         except LoraTrainError as error:
-            return _problem(str(error)), gr.update(visible=False), done
+            return *page.answer(_problem(str(error))), done
         except Exception as error:  # noqa: BLE001 - as in `_summary`
-            return _problem(Failure.of(error, name="Queueing").message), gr.update(visible=False), done
-        return "", gr.update(visible=False), done
+            return *page.answer(_problem(Failure.of(error, name="Queueing").message)), done
+        return *page.answer(""), done
 
     def list_folders(self, token: str, page: OpenPage, *values: object) -> tuple[Any, Any, Any]:
         """(an update of the folders' settings with each folder that holds images, a refusal as HTML or nothing, the button
@@ -151,7 +148,7 @@ class Handlers:
                 found = gr.update(value=service.folder_settings(chosen, host=self.host))
             except LoraTrainError as error:
                 refusal = _problem(str(error))
-        return found, refusal, gr.update(visible=False)
+        return found, *page.answer(refusal)
 
     def apply_preset(self, page: OpenPage, picked: gr.SelectData) -> list[Any]:
         """[what the preset is for, as HTML; an update for each field, empty where the preset does not name it]. `picked` is
@@ -269,13 +266,14 @@ class Handlers:
 
 
 class OpenPage:
-    """What is known of one page in a browser: its newest question, and what the refusal beside its button is of. gradio
+    """What is known of one page in a browser: its newest question, and what stands beside its button, of which values. gradio
     copies it for each page."""
 
     def __init__(self) -> None:
         self._number = 0
         self._visits = itertools.count()  # its next() is one step, whichever thread asks
         self._pressed: dict[str, object] = {}
+        self._answer: str | None = ""
         self.taken: tuple[object, ...] = ()
         """The LoRA, as `_file` has it, that the last press was refused for and that may be overwritten; () for none."""
 
@@ -290,12 +288,20 @@ class OpenPage:
         return lambda: mine != self._number
 
     def press(self, values: Mapping[str, object]) -> None:
-        """A button is pressed with these values, to which the answer beside it belongs."""
-        self._pressed, self.taken = _without_preset(values), ()
+        """A button is pressed with these values, to which the answer beside it will belong."""
+        self._pressed, self._answer, self.taken = _without_preset(values), None, ()
 
-    def answers(self, values: Mapping[str, object]) -> bool:
-        """Whether the last press had these values."""
-        return self._pressed == _without_preset(values)
+    def answer(self, refusal: str, *, taken: tuple[object, ...] = ()) -> tuple[Any, Any]:
+        """What stands beside the button from now on: (the refusal as HTML or nothing, the button "Overwrite it")."""
+        self._answer, self.taken = refusal, taken
+        return refusal, gr.update(visible=bool(taken))
+
+    def shown(self, values: Mapping[str, object]) -> tuple[Any, Any]:
+        """What is to stand there when the fields have these values, as `answer` has it; nothing new before there is one. What
+        was of others is over."""
+        if self._pressed != _without_preset(values):
+            return self.answer("")
+        return (gr.update(), gr.update()) if self._answer is None else self.answer(self._answer, taken=self.taken)
 
 
 def _curve(values: Mapping[str, object], *, steps: int) -> str:

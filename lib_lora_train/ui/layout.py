@@ -73,7 +73,7 @@ def build_tab(*, runner: Runner, host: Host, token: str) -> gr.Blocks:
         # No handler waits for another: the queue is for images.
         quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, **_no_endpoint(gr.__version__)}
         page = gr.State(OpenPage())
-        planning = {"fn": handlers.plan, "inputs": [key, page, number, answer, preset, *inputs],
+        planning = {"fn": handlers.plan, "inputs": [key, page, number, preset, *inputs],
                     "outputs": [summary, draft, answer, overwrite, preset, curve, planned], **quiet}
         plan.click(**planning)
         restore.click(handlers.restore, inputs=[page, draft], outputs=[restored, summary, about_preset, preset, *outputs],

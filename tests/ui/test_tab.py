@@ -44,10 +44,9 @@ def values(**changed: object) -> list[object]:
     return [chosen[name] for name in (*NAMES, "preset")]
 
 
-def plan(handlers: Handlers, chosen: list[object], answer: str = "", preset: str = NO_PRESET,
-         page: OpenPage | None = None) -> list:
+def plan(handlers: Handlers, chosen: list[object], preset: str = NO_PRESET, page: OpenPage | None = None) -> list:
     """(summary, draft, refusal, button, preset, curve) on `page`, or on one of its own."""
-    *answered, number = handlers.plan(TOKEN, page or OpenPage(), "7", answer, preset, *chosen)
+    *answered, number = handlers.plan(TOKEN, page or OpenPage(), "7", preset, *chosen)
     assert number in ("7", gr.update())
     return answered
 
@@ -313,19 +312,25 @@ def test_a_refusal_goes_when_what_it_refused_is_changed(handlers: Handlers, tmp_
     answer, _ = handlers.start(TOKEN, page, *refused)
     assert "no name" in answer
     for preset in (NO_PRESET, f"{NO_PRESET}, changed"):
-        assert plan(handlers, [*refused[:-1], preset], answer, preset, page)[2:4] == [gr.update(), gr.update()]
+        assert plan(handlers, [*refused[:-1], preset], preset, page)[2:4] == [answer, gr.update(visible=False)]
     mended = values(train_data_dir=str(tmp_path / "pictures"), output_name="zzk")
-    assert plan(handlers, mended, answer, page=page)[2:4] == ["", gr.update(visible=False)]
+    for later in (mended, refused):  # what was refused once may be possible now
+        assert plan(handlers, later, page=page)[2:4] == ["", gr.update(visible=False)]
 
 
-def test_a_plan_that_was_asked_for_before_a_refusal_and_comes_later_leaves_it(handlers: Handlers, tmp_path: Path):
+def test_a_plan_that_was_asked_for_before_a_refusal_and_comes_later_leaves_it(handlers: Handlers, monkeypatch, tmp_path: Path):
     page, folder = OpenPage(), str(images(tmp_path / "pictures"))
     (handlers.host.lora_folder / "zzk.safetensors").write_bytes(b"older")
-    older, _ = handlers.start(TOKEN, page, *values(train_data_dir=folder))
-    taken = values(train_data_dir=folder, output_name="zzk")
-    handlers.start(TOKEN, page, *taken)
-    # It was sent with the refusal that stood there then.
-    assert plan(handlers, taken, older, page=page)[2:4] == [gr.update(), gr.update()]
+    handlers.start(TOKEN, page, *values(train_data_dir=folder))
+    taken, seen, refuse = values(train_data_dir=folder, output_name="zzk"), [], handlers_module.service.start
+
+    def slow(chosen, **others):
+        seen.append(plan(handlers, taken, page=page)[2:4])
+        refuse(chosen, **others)
+    monkeypatch.setattr(handlers_module.service, "start", slow)
+    answer, button = handlers.start(TOKEN, page, *taken)
+    assert seen == [[gr.update(), gr.update()]]  # before it is known
+    assert "already" in answer and plan(handlers, taken, page=page)[2:4] == [answer, button]
 
 
 def test_what_else_is_refused_stands_until_a_setting_changes(handlers: Handlers, monkeypatch, tmp_path: Path):
@@ -340,15 +345,15 @@ def test_what_else_is_refused_stands_until_a_setting_changes(handlers: Handlers,
                          (lambda: handlers.list_folders(TOKEN, page, *empty)[1], empty),
                          (lambda: handlers.find_rate(TOKEN, page, *chosen)[0], chosen)):
         refusal = press()
-        assert refusal and plan(handlers, given, refusal, page=page)[2:4] == [gr.update(), gr.update()]
-        assert plan(handlers, values(), refusal, page=page)[2:4] == ["", gr.update(visible=False)]
+        assert refusal and plan(handlers, given, page=page)[2:4] == [refusal, gr.update(visible=False)]
+        assert plan(handlers, values(), page=page)[2:4] == ["", gr.update(visible=False)]
     handlers.runner.stop(save=False)
     assert handlers.runner.wait(10)
 
 
 def test_a_plan_that_took_long_does_not_take_a_newer_refusal_away(handlers: Handlers, monkeypatch, tmp_path: Path):
     folder, page = str(images(tmp_path / "pictures")), OpenPage()
-    older, _ = handlers.start(TOKEN, page, *values(train_data_dir=folder))
+    handlers.start(TOKEN, page, *values(train_data_dir=folder))
     while_planning = handlers_module.service.plan
 
     def slow(chosen, **others):
@@ -356,7 +361,7 @@ def test_a_plan_that_took_long_does_not_take_a_newer_refusal_away(handlers: Hand
         handlers.start(TOKEN, page, *values(train_data_dir=folder, output_name="a/b"))
         return found
     monkeypatch.setattr(handlers_module.service, "plan", slow)
-    late = handlers.plan(TOKEN, page, "", older, NO_PRESET, *values(train_data_dir=folder, network_dim=4))
+    late = handlers.plan(TOKEN, page, "", NO_PRESET, *values(train_data_dir=folder, network_dim=4))
     assert list(late) == [gr.update()] * 7
 
 
@@ -381,7 +386,7 @@ def test_nothing_is_read_or_started_for_who_does_not_know_the_pages_token(handle
     for module, name in ((handlers_module.service, "plan_dataset"), (start, "plan_job"), (start, "plan_finder")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a folder was read"))
     for token in ("", "guess", None, TOKEN[:-1], [TOKEN], "\ud800"):
-        answers = (handlers.plan(token, OpenPage(), "", "", NO_PRESET, *chosen)[0],
+        answers = (handlers.plan(token, OpenPage(), "", NO_PRESET, *chosen)[0],
                    handlers.start(token, OpenPage(), *chosen)[0],
                    handlers.start_overwriting(token, OpenPage(), *chosen)[0], handlers.find_rate(token, OpenPage(), *chosen)[0])
         assert all("reload the page" in answer for answer in answers)
@@ -391,7 +396,7 @@ def test_nothing_is_read_or_started_for_who_does_not_know_the_pages_token(handle
 def test_the_curve_beside_the_schedule_is_the_learning_rate_that_the_training_is_given(handlers):
     """transformers' linear schedule with a quarter of warm-up over 41 steps, as points from the left to the right."""
     def drawn(**changes):
-        html = handlers.plan(TOKEN, OpenPage(), "", "", NO_PRESET, *values(train_data_dir="", max_train_steps=41, **changes))[5]
+        html = handlers.plan(TOKEN, OpenPage(), "", NO_PRESET, *values(train_data_dir="", max_train_steps=41, **changes))[5]
         points = re.findall(r"([\d.]+),(-?[\d.]+)", re.search('points="([^"]*)"', html)[1])
         return html, [(float(x), float(y)) for x, y in points]
     _, points = drawn(lr_scheduler="linear", lr_warmup_steps=10)
@@ -402,6 +407,6 @@ def test_the_curve_beside_the_schedule_is_the_learning_rate_that_the_training_is
     html, constant = drawn(lr_scheduler="constant", learning_rate=3e-4)
     assert {y for _, y in constant} == {0.0} and "0.0003" in html and "<script" not in html
     assert drawn(lr_scheduler="rex")[1] != points
-    own = handlers.plan(TOKEN, OpenPage(), "", "", NO_PRESET, *values(optimizer_type="Adafactor"))[5]
+    own = handlers.plan(TOKEN, OpenPage(), "", NO_PRESET, *values(optimizer_type="Adafactor"))[5]
     assert "Adafactor" in own and "points" not in own
-    assert handlers.plan(TOKEN, OpenPage(), "", "", NO_PRESET, *values(optimizer_type="no<b>such"))[5] == ""
+    assert handlers.plan(TOKEN, OpenPage(), "", NO_PRESET, *values(optimizer_type="no<b>such"))[5] == ""
