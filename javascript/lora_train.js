@@ -2,9 +2,9 @@
  * lora_train_progress.js, how it learns by lora_train_learning.js, the offer to resume a run by lora_train_resume.js, what may
  * be done with its LoRA by lora_train_result.js; the runs that wait by lora_train_queue.js.
  *
- * The page's fields and its Train button are gradio's; everything about a running job is asked for and drawn here, so a
- * reloaded page shows it again. One poll at a time: every second while a job runs and the tab is in sight, every ten
- * when idle, none in the background unless a notice is wanted. All text is set as textContent.
+ * The page's fields (lora_train_fields.js) and its Train button are gradio's; everything about a running job is asked for and
+ * drawn here, so a reloaded page shows it again. One poll at a time: every second while a job runs and the tab is in sight,
+ * every ten when idle, none in the background unless a notice is wanted. All text is set as textContent.
  */
 (function() {
     "use strict";
@@ -12,13 +12,11 @@
     window.loraTrain = {};
 
     const RUNNING_MS = 1000, IDLE_MS = 10000, RETRY_MS = 3000, KICKS = 20, KICK_MS = 300;
-    const PLAN_MS = 400, RESTORE_MS = 500;
-    const DRAFT_KEY = "lora_train_draft";
     const API = "./lora-train/v1/";
 
     const state = {
         token: "", run: "", every: 1, points: [], last: null, inSight: false, timer: 0, polling: false,
-        kicks: 0, planTimer: 0, watchers: [], model: null,
+        kicks: 0, watchers: [], model: null,
     };
     const view = {};
     /** What the parts of the tab share, "3 Results" among them; completed by `build`. */
@@ -56,6 +54,8 @@
         live.dataset.attached = "yes";
         state.token = data.token;
         window.loraTrainLanguage.watch(byId("lora_train"));
+        Object.assign(page, window.loraTrainFields(byId, button));
+        Object.assign(window.loraTrain, {setText: page.setText, planSoon: page.planSoon, chosen: page.chosen});
         build(live, byId("lora_train_drawn"));
         showTooltips(data.tooltips);
         for (const [id, word] of Object.entries(data.placeholders)) {
@@ -63,10 +63,10 @@
             if (!box) continue;
             box.placeholder = translated(word);
             // gradio begins with 0 where it is told nothing.
-            if (box.value === "0") setText(box, "");
+            if (box.value === "0") page.setText(box, "");
         }
         listen();
-        page.restored = restoreDraft();
+        page.restored = page.restoreDraft();
         return true;
     }
 
@@ -80,10 +80,10 @@
         view.result = window.loraTrainResult(page, page.sender, (run) => page.showResults(run));
         view.offer = window.loraTrainResume(view.resume, ask, () => { kick(); poll(); }, view.showProblem, translated);
         view.drawLearning = window.loraTrainLearning(page, view);
-        page.fill = window.loraTrainFiles(page, byId("lora_train_files"), fieldValues);
+        page.fill = window.loraTrainFiles(page, byId("lora_train_files"), page.settings);
         view.queue = window.loraTrainQueue(page, byId("lora_train_queue"), page.fill);
         state.watchers.push(view.queue);
-        window.loraTrainSuggestions(page, byId("lora_train_suggestions"), page.fill, fieldValues);
+        window.loraTrainSuggestions(page, byId("lora_train_suggestions"), page.fill, page.settings);
     }
 
     function showTooltips(tooltips) {
@@ -105,15 +105,15 @@
         }).observe(root);
         document.addEventListener("visibilitychange", () => {
             if (document.hidden) {
-                keepDraft();
+                page.keepDraft();
             } else {
                 poll();
             }
         });
-        window.addEventListener("pagehide", keepDraft);
+        window.addEventListener("pagehide", page.keepDraft);
         // The WebUI's: its settings changed, of which the checkpoint is one.
         if (typeof onOptionsChanged === "function") onOptionsChanged(poll);
-        root.addEventListener("change", planSoon);
+        root.addEventListener("change", page.planSoon);
         for (const id of ["lora_train_start", "lora_train_find_rate"]) button(id).addEventListener("click", kick);
         root.addEventListener("click", (event) => {
             const pressed = event.target.closest && event.target.closest("button");
@@ -134,69 +134,6 @@
             // Out of sight on the page "1 Dataset".
             if (!start.disabled && start.offsetParent) start.click();
         }, true);
-    }
-
-    // ---- the fields: the summary follows them, and the browser remembers them ---------------------------------------
-
-    function planSoon(event) {
-        if (event && event.target.closest(".lora-train-hidden")) return;
-        clearTimeout(state.planTimer);
-        state.planTimer = setTimeout(() => button("lora_train_plan").click(), PLAN_MS);
-    }
-
-    function draftBox() {
-        return app().querySelector("#lora_train_draft textarea, #lora_train_draft input");
-    }
-
-    /** All settings as they stand in the fields. */
-    function fieldValues() {
-        const {preset_version: _, ...values} = JSON.parse(draftBox().value);
-        return values;
-    }
-
-    /** The settings of these names as they stand in the fields; {} before the page has planned. */
-    function chosen(names) {
-        try {
-            const draft = JSON.parse(draftBox().value);
-            return Object.fromEntries(names.filter((name) => name in draft).map((name) => [name, draft[name]]));
-        } catch (error) {
-            return {};
-        }
-    }
-
-    function keepDraft() {
-        const box = draftBox();
-        try {
-            if (box && box.value) localStorage.setItem(DRAFT_KEY, box.value);
-        } catch (error) { /* a browser that keeps nothing */ }
-    }
-
-    /** Fill the fields with what the browser remembers; what is written into one before the promise is kept may be lost. */
-    function restoreDraft() {
-        const box = draftBox();
-        let draft = "";
-        try {
-            draft = localStorage.getItem(DRAFT_KEY) || "";
-        } catch (error) { /* a browser that keeps nothing */ }
-        // gradio draws its buttons some time before it listens to them.
-        return new Promise((resolve) => {
-            const press = (patience) => {
-                if (patience === 0 || byId("lora_train_restored").querySelector("input, textarea").value) return resolve();
-                if (draft) setText(box, draft);
-                button("lora_train_restore").click();
-                setTimeout(() => press(patience - 1), RESTORE_MS);
-            };
-            press(20);
-        });
-    }
-
-    function setText(box, text) {
-        box.value = text;
-        if (typeof updateInput === "function") {
-            updateInput(box);
-        } else {
-            box.dispatchEvent(new Event("input", {bubbles: true}));
-        }
     }
 
     // ---- asking ------------------------------------------------------------------------------------------------
@@ -257,12 +194,13 @@
         noticeResult(answer, fresh);
         // The summary's time is corrected once by the steps that were made.
         const measured = (status) => Boolean(status && status.step && status.step.seconds_left !== null);
-        if (state.last && (modelTitle(state.last) !== modelTitle(answer) || (measured(answer) && !measured(state.last)))) planSoon();
+        if (state.last && (modelTitle(state.last) !== modelTitle(answer) || (measured(answer) && !measured(state.last)))) page.planSoon();
+        page.checkPlan();
         state.last = answer;
         draw(answer);
         view.offer(answer);
         state.watchers.forEach((watch) => watch(answer));
-        keepDraft();
+        page.keepDraft();
         if (answer.running) {
             state.kicks = 0;
             return RUNNING_MS;
@@ -278,9 +216,9 @@
         return answer.model ? answer.model.title + answer.model.text : "";
     }
 
-    /** After a press of Train: look often until the job shows. The press itself renews the summary. */
+    /** After a press of Train: look often until the job shows. */
     function kick() {
-        clearTimeout(state.planTimer);
+        page.planAfterPress();
         state.kicks = KICKS;
         state.polling || schedule(KICK_MS);
     }
@@ -386,13 +324,13 @@
     }
 
     Object.assign(page, {
-        byId, button, setText, planSoon, translated, ask, kick, settings: fieldValues,
+        byId, button, translated, ask, kick,
         modelLoaded: () => Boolean(state.model),
         status: () => state.last,
         /** Have `watch` see each status. */
         watch: (watch) => state.watchers.push(watch),
         turnTo: (number) => window.loraTrainStudio.turnTo(number),
     });
-    Object.assign(window.loraTrain, {attach, page, pageData, setText, planSoon, chosen, whenThere});
+    Object.assign(window.loraTrain, {attach, page, pageData, whenThere});
     whenThere(attach);
 })();

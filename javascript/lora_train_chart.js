@@ -55,16 +55,8 @@ window.loraTrainChart = (function() {
         return found;
     }
 
-    /** By how many per cent the losses with the LoRA are lower than those of the base model, the three bands of timesteps
-     * counting alike; null where there are none. */
-    function better(adapted, unadapted) {
-        const shares = adapted.map((loss, band) => loss / unadapted[band]);
-        const mean = shares.reduce((sum, share) => sum + share, 0) / shares.length;
-        return Number.isFinite(mean) ? 100 * (1 - mean) : null;
-    }
-
     /** "+12.3 %" */
     const percent = (value) => (value < 0 ? "\u2212" : "+") + Math.abs(value).toFixed(Math.abs(value) < 9.95 ? 1 : 0) + " %";
 
-    return {shape, element, better, percent, smoothed, ticks, robustRange, nearest};
+    return {shape, element, percent, smoothed, ticks, robustRange, nearest};
 })();

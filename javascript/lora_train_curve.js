@@ -4,7 +4,7 @@
  * loraTrainCurve(frame, translated) fills an element that has a size and returns draw(data):
  *     points    [step, loss, …] of steps
  *     rates     [step, learning rate]
- *     measured  measurements as the API has them, losses of three bands of timesteps each
+ *     measured  measurements as the API has them, each with what it is better by: over all, and in each of three bands of timesteps
  *     saves     steps at which a file was saved
  * Colours come from style_results.css.
  */
@@ -13,18 +13,9 @@ window.loraTrainCurve = (function() {
     const PAD = {left: 46, right: 46, top: 10, bottom: 20}, STRIP = 26, GAP = 14;
     const BANDS = ["fine", "middle", "coarse"];
 
-    /** [step, per cent] of each measurement. */
-    function betterBy(measured, kind) {
-        const {better} = window.loraTrainChart;
-        return measured.map((entry) => [entry.step, better(entry[kind], entry["unadapted_" + kind])])
-            .filter((point) => point[1] !== null);
-    }
-
-    /** The lines of each band of timesteps, thin. */
-    function bandLines(measured, kind) {
-        return BANDS.map((_, band) => betterBy(measured.map((entry) => ({
-            step: entry.step, [kind]: [entry[kind][band]], ["unadapted_" + kind]: [entry["unadapted_" + kind][band]],
-        })).filter((entry) => entry[kind][0] !== undefined), kind));
+    /** [step, per cent] of each measurement: over all, or in a band of timesteps, from 1 on. */
+    function betterBy(measured, kind, band = 0) {
+        return measured.map((entry) => [entry.step, entry.better[kind][band]]).filter(([, value]) => Number.isFinite(value));
     }
 
     function percentRange(lines) {
@@ -45,7 +36,7 @@ window.loraTrainCurve = (function() {
         const steps = [...points, ...heldOut, ...training].map((point) => point[0]);
         return {
             points, measured, rates, saves: data.saves || [], shown, main, heldOut, training,
-            bands: shown ? bandLines(measured, main) : [],
+            bands: shown ? BANDS.map((_, index) => betterBy(measured, main, index + 1)) : [],
             smooth: points.length > 1 ? smoothed(points) : [],
             loss: points.length > 1 ? robustRange(points) : null, percent: shown ? percentRange([heldOut, training]) : null,
             first: Math.min(...steps), last: Math.max(...steps),
@@ -130,21 +121,18 @@ window.loraTrainCurve = (function() {
 
     /** What stands in the box beside the pointer, a line each. */
     function told(curve, step, translated) {
-        const {better, percent, nearest} = window.loraTrainChart, rows = [];
-        const by = (adapted, unadapted) => {
-            const value = better(adapted, unadapted);
-            return value === null ? "–" : percent(value);
-        };
+        const {percent, nearest} = window.loraTrainChart, rows = [];
+        const by = (value) => (Number.isFinite(value) ? percent(value) : "–");
         const entry = curve.shown ? nearest(curve.measured, step, (one) => one.step) : null;
         const point = nearest(curve.points, entry ? entry.step : step, (one) => one[0]);
         const at = entry ? entry.step : point[0];
         rows.push(["", translated`step ${at}`]);
         if (entry) {
             for (const [kind, name] of [["held_out", "held-out"], ["training", "training"]].filter(([kind]) => entry[kind].length)) {
-                const value = by(entry[kind], entry["unadapted_" + kind]);
+                const value = by(entry.better[kind][0]);
                 rows.push([name, kind === "training" ? translated`training ${value}` : translated`held-out ${value}`]);
                 if (kind !== curve.main) continue;
-                const [fine, middle, coarse] = BANDS.map((_, index) => by([entry[kind][index]], [entry["unadapted_" + kind][index]]));
+                const [fine, middle, coarse] = entry.better[kind].slice(1).map(by);
                 rows.push(["band", translated`fine ${fine} · middle ${middle} · coarse ${coarse}`]);
             }
         }

@@ -18,6 +18,8 @@ window.loraTrainLanguage = window.loraTrainLanguage || (function() {
     /** What may stand between texts, in the order it is looked for; with `all`, only where each of them is known. */
     const LISTS = [{at: /(?<=[.!?]) (?=[A-Z"'\d(])/, key: "{first} {second}", all: true},
         {at: / · /, key: "{first} · {second}", all: true}, {at: /; /, key: "{first}; {second}", all: true}];
+    /** What the beginning of another text within a field is told by. */
+    const BEGINNINGS = [...LISTS.map(({at}) => at), /: /];
     const JOINTS = [
         {at: /(?<=[.!?]) (?=[A-Z"'\d(])/, key: "{first} {second}"}, {at: / · /, key: "{first} · {second}"},
         {at: /; /, key: "{first}; {second}"}, {at: /: (.*)/s, key: "{first}: {second}"},
@@ -101,14 +103,16 @@ window.loraTrainLanguage = window.loraTrainLanguage || (function() {
         return kept.get(text);
     }
 
-    /** Of a text all of which is known. A list is one before a field takes in what the list goes on with. */
-    function whole(text, depth) {
-        return known.exact.get(text) || row(text, depth, LISTS, whole) || alone(text, depth);
+    /** Of a text all of which is known: one text, or a list of them, which is one before a field takes in what it goes on with. */
+    function whole(text, depth = 0) {
+        if (depth > DEEPEST) return null;
+        return alone(text, depth, true) || row(text, depth, LISTS, whole) || alone(text, depth);
     }
 
-    /** Of one text: as it is, without its full stop or with one, or as it stands behind a colon. */
-    function alone(text, depth) {
-        const plainly = (text) => known.exact.get(text) || fitting(text, depth);
+    /** Of one text: as it is, without its full stop or with one, or as it stands behind a colon. With `strict` no field takes in
+     * the beginning of another text: only the last may hold several, all of which are known. */
+    function alone(text, depth, strict = false) {
+        const plainly = (text) => known.exact.get(text) || fitting(text, depth, strict);
         const found = plainly(text);
         if (found) return found;
         const small = text[0].toLowerCase() + text.slice(1), bare = text.replace(/\.$/, "");
@@ -121,13 +125,15 @@ window.loraTrainLanguage = window.loraTrainLanguage || (function() {
     }
 
     /** By the template with the most words of its own that it fits. */
-    function fitting(text, depth) {
+    function fitting(text, depth, strict) {
         const candidates = [...(known.begins.get(firstWord(text)) || []), ...(known.begins.get("") || [])];
         let best = null;
         for (const candidate of candidates) {
             if (best && best.length >= candidate.length) continue;
             const found = candidate.pattern.exec(text);
-            if (found) best = {...candidate, found};
+            const takesMore = (part, index, {length}) => BEGINNINGS.some((at) => at.test(part)) &&
+                (index < length - 1 || !whole(part, depth + 1));
+            if (found && !(strict && found.slice(1).some(takesMore))) best = {...candidate, found};
         }
         if (!best) return null;
         return filled(best.translation, Object.fromEntries(best.names.map((name, index) =>

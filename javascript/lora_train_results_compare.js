@@ -82,7 +82,7 @@
                 make("td", {text: verdicts}), make("td", {text: String(row.runs.length)}),
                 ...found.measures.map((name) => make("td", {class: name === found.measure ? "ltr-decides" : null,
                     text: results.measureText(name, row.measures[name].mean, row.measures[name].deviation)})),
-                make("td", {}, row.runs[0].finding !== "rate" && button("Use these settings", () => results.useSettings(app, row.runs[0].run), {
+                make("td", {}, row.runs[0].usable && button("Use these settings", () => results.useSettings(app, row.runs[0].run), {
                     title: "Put them into the fields of the page 2 Train; the name stays."}))];
         }
 

@@ -135,7 +135,7 @@
                 make("div", {class: "ltr-run-tools"},
                     run.sweep && button(translated`Sweep ${run.sweep.name}`, () => compared.show({sweep: run.sweep.id}), {title: "Compare the runs of this sweep"}),
                     button("Show", () => app.choose(run.id).then(() => app.place.scrollIntoView()), {title: "Show its results above"}),
-                    run.finding !== "rate" && button("Use these settings", () => results.useSettings(app, run.id), {title: "Put them into the fields of the page 2 Train; the name stays."})));
+                    run.usable && button("Use these settings", () => results.useSettings(app, run.id), {title: "Put them into the fields of the page 2 Train; the name stays."})));
         }
 
         function draw() {

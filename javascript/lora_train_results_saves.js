@@ -57,11 +57,9 @@
 
     /** How much better than the base model a save was when it was measured, on held-out pictures where there are some. */
     function betterOf(found, save) {
-        const {better} = window.loraTrainChart;
         const entry = found.measured.find((one) => one.step === save.step);
         if (!entry) return null;
-        const kind = entry.held_out.length ? "held_out" : "training";
-        return better(entry[kind], entry["unadapted_" + kind]);
+        return entry.better[entry.held_out.length ? "held_out" : "training"][0];
     }
 
     results.saves = function(app) {

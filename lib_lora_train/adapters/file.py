@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import re
 from collections import Counter
@@ -27,7 +28,7 @@ from lib_lora_train.model.family import FAMILIES
 from lib_lora_train.model.fingerprint import not_finite
 from lib_lora_train.model.sd.lora_keys import foreign_layout
 from lib_lora_train.storage.atomic import replacing
-from lib_lora_train.storage.content import refuse_wrong_content
+from lib_lora_train.storage.content import header_of, refuse_wrong_content
 
 SAVE_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}
 
@@ -185,8 +186,8 @@ def _refusing(path: Path) -> Iterator[None]:
 
 def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:
     """(JSON header, the bytes behind it) of a file, which safetensors offers for a path only."""
-    start = 8 + int.from_bytes(data[:8], "little")
-    return json.loads(data[8:start]), memoryview(data)[start:]
+    file = io.BytesIO(data)
+    return header_of(file), memoryview(data)[file.tell():]
 
 
 def _sha256(data: bytes | memoryview) -> str:

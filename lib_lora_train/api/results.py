@@ -153,7 +153,8 @@ class Results:
             score_grid(self.host, folder, on_progress=task.progress, should_stop=task.should_stop)
             return "The grid is painted and judged."
 
-        number = self.tasks.start("Painting the grid", job, interrupted=self.host.interrupted, with_model=True)
+        number = self.runner.with_model(lambda: self.tasks.start(
+            "Painting the grid", job, interrupted=self.host.interrupted, with_model=True))
         self._run = folder.name
         return number
 

@@ -13,6 +13,10 @@ from lib_lora_train.dataset.plan import balanced_repeats, plain_folder_repeats
 from lib_lora_train.errors import DatasetError, counted, printable, some_of
 from lib_lora_train.settings import DatasetSettings, no_effect
 from lib_lora_train.settings.dataset_config import SubsetSettings, each_resolution
+from lib_lora_train.settings.loss import MaskSettings
+
+Masked = tuple[Path, MaskSettings]
+"""An image and its settings of masks: a folder may be named twice, with other masks."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,11 @@ class Example:
     def trigger_word(self) -> str:
         """That of its folder; regularisation images never have one."""
         return "" if self.is_regularisation else self.subset.dataset.trigger_word
+
+    @property
+    def masked(self) -> Masked:
+        """What its mask is known by."""
+        return self.path, self.subset.masks
 
 
 @dataclass(frozen=True)

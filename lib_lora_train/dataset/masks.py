@@ -19,7 +19,7 @@ from typing import Literal
 
 from PIL import Image, ImageStat
 
-from lib_lora_train.dataset.examples import Dataset
+from lib_lora_train.dataset.examples import Dataset, Masked
 from lib_lora_train.dataset.images import decode_image, is_image_name, may_be_transparent, read_image
 from lib_lora_train.dataset.listing import MayRead, list_folder
 from lib_lora_train.errors import DatasetError, counted, some_of
@@ -47,11 +47,11 @@ def mask_of(image: Path, folder: Path) -> Path | None:
     return next((path for path in [*places, *beside] if path.is_file()), None)
 
 
-def masks_of(dataset: Dataset, *, may_read: MayRead | None = None) -> dict[Path, Path]:
-    """{image: its mask} of the images to learn from that have one, by the settings of their folders: with masked_loss in
-    conditioning_data_dir or with the images, with alpha_mask the image itself where it may be transparent. What may not be read
-    is left out. Raises DatasetError where there is no such folder."""
-    found, named_alike = dict[Path, Path](), dict[str, dict[str, Path]]()
+def masks_of(dataset: Dataset, *, may_read: MayRead | None = None) -> dict[Masked, Path]:
+    """{`Example.masked`: its mask} of the images to learn from that have one, by the settings of their folders: with
+    masked_loss in conditioning_data_dir or with the images, with alpha_mask the image itself where it may be transparent. What
+    may not be read is left out. Raises DatasetError where there is no such folder."""
+    found, named_alike = dict[Masked, Path](), dict[str, dict[str, Path]]()
     for example in (example for example in dataset.examples if not example.is_regularisation):
         image, chosen, mask = example.path, example.subset.masks, None
         if chosen.masked_loss:
@@ -61,7 +61,7 @@ def masks_of(dataset: Dataset, *, may_read: MayRead | None = None) -> dict[Path,
         if mask is None and chosen.alpha_mask and may_be_transparent(image):
             mask = image
         if mask is not None and (may_read is None or may_read(mask)):
-            found[image] = mask
+            found[example.masked] = mask
     return found
 
 
@@ -83,9 +83,9 @@ def read_mask(image: Path, mask: Path) -> Image.Image:
     return decoded.alpha or Image.new("L", decoded.image.size, 255)
 
 
-def white_share(masks: Mapping[Path, Path]) -> float:
+def white_share(masks: Mapping[Masked, Path]) -> float:
     """The share of these images that their masks let be learnt, by at most eight of them."""
-    items = sorted(masks.items())
+    items = sorted({(image, mask) for (image, _), mask in masks.items()})
     shares = []
     for image, mask in items[::max(1, -(-len(items) // _LOOKED_AT))]:
         with contextlib.suppress(DatasetError, OSError):  # told when it is read to be used

@@ -23,10 +23,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import secrets
-import struct
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -43,6 +43,7 @@ from lib_lora_train.dataset.augment import AS_IT_IS, Variant
 from lib_lora_train.dataset.buckets import Placement
 from lib_lora_train.storage.atomic import replace
 from lib_lora_train.storage.checksum import sha256_of
+from lib_lora_train.storage.content import header_of
 
 CACHE_FOLDER = ".lora_train_cache"
 _VERSION = 1  # raise when the way from image to latent changes
@@ -50,7 +51,7 @@ _KEY, _STAMP, _SUM = "lora_train_key", "lora_train_stamp", "lora_train_sum"
 _COARSEST_CLOCK = 2 * 10**9  # nanoseconds
 _LEFT_BEHIND = 3600.0  # seconds after which a half-written file has no owner any more
 _LONGEST_NAME = 100  # bytes of an image's name that are taken into the file's, which may have 143 on some systems
-_DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error, SafetensorError)
+_DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError)
 
 MeanAndStd = tuple[torch.Tensor, torch.Tensor]  # each [4, h, w] fp32 on the CPU
 
@@ -85,8 +86,7 @@ class LatentDisk:
         try:
             # Bytes and not a memory map: on Windows a mapped file could not be replaced later.
             data = self._path(image, placement, variant=variant).read_bytes()
-            length = struct.unpack("<Q", data[:8])[0]
-            notes = json.loads(data[8:8 + length])["__metadata__"]
+            notes = header_of(io.BytesIO(data))["__metadata__"]
             if not self._fits(notes, image, placement, variant=variant):
                 return None
             tensors = load(data)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lib_lora_train.dataset.augment import scale_and_crop, to_samples
 from lib_lora_train.dataset.buckets import Placement
-from lib_lora_train.dataset.examples import Dataset
+from lib_lora_train.dataset.examples import Dataset, Masked
 from lib_lora_train.dataset.masks import read_mask
 from lib_lora_train.dataset.prefetch import Prefetch
 from lib_lora_train.errors import DatasetError
@@ -29,16 +29,16 @@ _MOST_CUT = 4096  # cut masks that are kept where visits vary, of 16 kB at 1024Â
 class Masks:
     """The masks of a dataset, by the number of the example; images without one are learnt whole."""
 
-    def __init__(self, dataset: Dataset, placements: Sequence[Placement], paths: Mapping[Path, Path], *, factor: int,
+    def __init__(self, dataset: Dataset, placements: Sequence[Placement], paths: Mapping[Masked, Path], *, factor: int,
                  unmasked_weight: float, prior_weight: float, threads: int, warn: Callable[[str], None]) -> None:
-        """Read each mask once, in so many threads (0: none). `paths` are those of images and their masks; `factor` pixels are a
+        """Read each mask once, in so many threads (0: none). `paths` are those of `masks_of`; `factor` pixels are a
         latent; `unmasked_weight` is that of what a mask leaves out, `prior_weight` what it counts towards the base model's
         prediction. `warn` is told of a mask that cannot be used."""
         self._dataset, self._placements, self._paths, self._factor = dataset, placements, paths, factor
         self._unmasked_weight, self._prior_weight = unmasked_weight, prior_weight
         self._cut_again = functools.lru_cache(maxsize=_MOST_CUT)(self._cut)
         self._read: dict[int, Tensor] = {}  # [1, h, w] uint8 each, cut as without random crop
-        wanted = [index for index, example in enumerate(dataset.examples) if example.path in paths]
+        wanted = [index for index, example in enumerate(dataset.examples) if example.masked in paths]
         with Prefetch(wanted, self._try, threads=threads, most=16 * max(1, threads), cost=self._bytes,
                       kept=lambda found: 0) as found:
             for index, mask in zip(wanted, found, strict=True):
@@ -72,8 +72,8 @@ class Masks:
 
     def _cut(self, index: int, crop: tuple[int, int], *, degrees: float = 0.0) -> Tensor:
         """[1, h, w] uint8: the mask at the latents' size, cut at `crop` and turned."""
-        image, placement = self._dataset.examples[index].path, self._placements[index]
-        mask = read_mask(image, self._paths[image])
+        example, placement = self._dataset.examples[index], self._placements[index]
+        mask = read_mask(example.path, self._paths[example.masked])
         if mask.size != placement.original:
             mask = mask.resize(placement.original, Image.Resampling.BILINEAR)
         cut = scale_and_crop(mask, placement, crop=crop, degrees=degrees, resampling=Image.Resampling.BILINEAR)

@@ -25,6 +25,7 @@ from lib_lora_train.results.recommend import leaves, recommend
 from lib_lora_train.results.saves import saves_of
 from lib_lora_train.results.scoring import read_scores
 from lib_lora_train.run.image_record import read_images
+from lib_lora_train.run.rate_finder import is_finder
 from lib_lora_train.run.record import past_run, read_settings
 from lib_lora_train.run.resume import FREE
 from lib_lora_train.run.sweep import read_sweep
@@ -68,7 +69,8 @@ class Measure:
 @dataclasses.dataclass(frozen=True)
 class ComparedRun:
     """What is compared of one run. `save` and `weight` are what is recommended of it, `leaves` the bounds that leaves, and
-    `values` the numbers of `MEASURES`; `images` as `read_images` has them."""
+    `values` the numbers of `MEASURES`; `images` as `read_images` has them. `usable` says whether another run may have its
+    settings: not those of a rate finder."""
 
     run: str
     name: str
@@ -83,6 +85,7 @@ class ComparedRun:
     values: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
     images: Mapping[str, tuple[str, str]] | None = None
     held_out: tuple[str, ...] = ()
+    usable: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,6 +266,7 @@ def compared_run(folder: Path) -> ComparedRun:
     seed = settings.get("seed", -1)
     run = ComparedRun(folder.name, past.name, seed if isinstance(seed, int) else -1, past.outcome, past.verdict,
                       history.diagnosed.finding if history.diagnosed else "", known, images=read_images(folder),
+                      usable=not is_finder(settings),
                       held_out=history.held_out.pictures if history.held_out and not history.held_out.derived else ())
     best, scores = recommend(folder), read_scores(folder)
     step = next((save.step for save in saves_of(folder) if best and save.id == best.save), None)
@@ -289,8 +293,9 @@ def comparison_data(folders: Sequence[Path]) -> dict[str, Any]:
     """The comparison as plain data, with what is drawn beside it.
 
         settings, measures   the names of the columns: settings that differ, and numbers that some run has
-        rows       [{runs: [{run, name, seed, outcome, verdict, finding, save, weight, leaves}], settings, measures:
-                   {name: {mean, deviation, count}}, changes: {added, removed, changed, captions} or None, difference, best}]
+        rows       [{runs: [{run, name, seed, outcome, verdict, finding, usable, save, weight, leaves}], settings,
+                   measures: {name: {mean, deviation, count}}, changes: {added, removed, changed, captions} or None,
+                   difference, best}]
         measure, reason, notes
         curves     [{run, row, points: [[step, per cent better than the base model]], held_out}]
         samples    [{prompt, seed, pictures: [{run, row, file, step}]}] of the end of each run, where two have them
@@ -301,7 +306,7 @@ def comparison_data(folders: Sequence[Path]) -> dict[str, Any]:
     row_of = {run.run: number for number, row in enumerate(found.rows) for run in row.runs}
     sweeps = {(sweep.id, sweep.name) if (sweep := read_sweep(folder)) else None for folder in folders}
     only = next(iter(sweeps)) if len(sweeps) == 1 else None
-    shown = ("run", "name", "seed", "outcome", "verdict", "finding", "save", "weight", "leaves")
+    shown = ("run", "name", "seed", "outcome", "verdict", "finding", "usable", "save", "weight", "leaves")
     rows = [{**{name: getattr(row, name) for name in ("settings", "difference", "best")},
              "runs": [{name: getattr(run, name) for name in shown} for run in row.runs],
              "measures": {name: dataclasses.asdict(measure) for name, measure in row.measures.items()},

@@ -12,7 +12,7 @@ from lib_lora_train import events
 from lib_lora_train.errors import printable
 from lib_lora_train.results.grid import Grid, read_grid
 from lib_lora_train.results.history import RunHistory, read_history, read_steps
-from lib_lora_train.results.improvement import ImageGains
+from lib_lora_train.results.improvement import ImageGains, improvement
 from lib_lora_train.results.recommend import leaves, recommend
 from lib_lora_train.results.saves import Save, lora_text, result_path, saves_of
 from lib_lora_train.results.scoring import read_scores
@@ -30,7 +30,8 @@ def overview(folder: Path) -> dict[str, Any]:
         saves         [{id, path, step, epoch, final, exists, size, is_result, lora_text, preview}], by step; an id stays
                       what it is where the file gets another name; the preview is an image's name in the run's folder, or ""
         held_out      {pictures, derived} or None
-        measured      [Measured], by step; image_losses and diagnosed are such events or None
+        measured      [Measured], by step, each with `better` {training, held_out: [per cent over all, and of each band]} as
+                      `improvement` has it; image_losses and diagnosed are such events or None
         image_gains   as `ImageGains` has it, of image_losses, or None
         samples       [{prompt, index, pictures: [{step, epoch, file, seed}]}], by prompt
         steps         [[step, loss, average loss, learning rate, text encoder's, gradient norm]], at most 500
@@ -47,7 +48,7 @@ def overview(folder: Path) -> dict[str, Any]:
         "saves": [{**_save(save), "preview": _shown(folder, history, grid, save_id=save.id, step=save.step, weight=1).file}
                   for save in saves_of(folder)],
         "held_out": _fields(history.held_out),
-        "measured": [_fields(event) for event in history.measured],
+        "measured": [{**(_fields(event) or {}), "better": _better(event)} for event in history.measured],
         "samples": _samples(history, folder),
         "image_losses": _fields(history.image_losses),
         "image_gains": dataclasses.asdict(ImageGains.of(history.image_losses)) if history.image_losses else None,
@@ -132,6 +133,12 @@ def _samples(history: RunHistory, folder: Path) -> list[dict[str, Any]]:
 def _save(save: Save) -> dict[str, Any]:
     return {"id": save.id, "path": str(save.path), "step": save.step, "epoch": save.epoch, "final": save.final,
             "exists": save.exists, "size": save.size, "is_result": save.is_result, "lora_text": lora_text(save.path)}
+
+
+def _better(event: events.Measured) -> dict[str, list[float | None]]:
+    return {kind: [improvement(losses, unadapted), *(improvement([loss], [other]) for loss, other in zip(
+        losses, unadapted, strict=False))] for kind, losses, unadapted in (
+            ("training", event.training, event.unadapted_training), ("held_out", event.held_out, event.unadapted_held_out))}
 
 
 def _fields(event: events.Event | None) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from lib_lora_train.results.comparison import GAIN, compared_run
 from lib_lora_train.results.grid import CELLS
 from lib_lora_train.results.history import read_history
 from lib_lora_train.results.overview import plain, shown
-from lib_lora_train.results.saves import certainly_wrote, result_path, saves_of
+from lib_lora_train.results.saves import result_path, saves_of, wrote
 from lib_lora_train.results.scoring import SCORES
 from lib_lora_train.run.output import step_path
 from lib_lora_train.run.queue_file import queued_runs
@@ -59,6 +59,7 @@ def listed(runs: Path, *, offset: int = 0, count: int = 30) -> dict[str, Any]:
     """Some of the runs as plain data: {"total": of all runs, "runs": [...]}, each with
 
         id, name, started, outcome, message, steps, total, verdict, finding, resume_step
+        usable     whether another run may have its settings: not those of a rate finder
         file       of the image that shows its recommended save, "" for none
         save, weight, scores   what is recommended, and {name: number} of `MEASURES`
         checkpoint, sweep {id, name, values} or None
@@ -94,7 +95,7 @@ def folder_size(folder: Path) -> int:
 
 def loras_of(folder: Path) -> tuple[Path, ...]:
     """The LoRAs that are there and say themselves that the run in `folder` wrote them: its saves and its result."""
-    return tuple(path for path in _targets(folder) if certainly_wrote(folder, path))
+    return tuple(path for path in _targets(folder) if wrote(folder, path))
 
 
 def deletion(runs: Path, ids: Sequence[str], *, with_loras: bool, allowed: AllowedPaths | None = None) -> Deletion:
@@ -214,7 +215,7 @@ def _read(folder: Path, state: object) -> dict[str, Any]:
     return {
         **{name: getattr(past, name) for name in ("id", "name", "message", "steps", "total", "verdict", "resume_step")},
         "outcome": past.outcome, "started": history.started,
-        "finding": found.finding, "file": image or last, "save": found.save, "weight": found.weight,
+        "finding": found.finding, "usable": found.usable, "file": image or last, "save": found.save, "weight": found.weight,
         "scores": {name: found.values.get(name) for name in (*NAMES, GAIN)},
         "checkpoint": history.planned.checkpoint if history.planned else "",
         "sweep": dataclasses.asdict(sweep) if sweep else None}

@@ -19,8 +19,6 @@ from lib_lora_train.results.history import read_history
 from lib_lora_train.run.output import step_path
 from lib_lora_train.run.record import read_settings
 
-# Seconds by which the clock may be set back during a run, and between a file's metadata and the event that tells of it.
-_CLOCK_SLACK = 60.0
 _ROUNDED = 0.001  # events tell their time to a thousandth of a second
 
 
@@ -73,19 +71,12 @@ def result_path(folder: Path) -> Path | None:
 
 
 def wrote(folder: Path, path: Path, *, before: float = math.inf) -> bool:
-    """Whether the run in `folder` wrote the LoRA at `path`, or what it is a copy or the mean of, by the time `before`."""
-    found = origin(path)
-    saved = read_history(folder).saved
-    return found is not None and bool(saved) and (
-        read_history(folder).started - _CLOCK_SLACK <= found.written <= min(before, saved[-1][0]) + _CLOCK_SLACK)
-
-
-def certainly_wrote(folder: Path, path: Path) -> bool:
-    """As `wrote`, but only where one of the run's saves was made after as many steps and written by then: nothing is allowed
-    for a clock that was set, so what another run wrote in its place a moment before or after is not taken for this one's."""
+    """Whether the run in `folder` wrote the LoRA at `path`, or what it is a copy or the mean of, by the time `before`: one of
+    its saves was made after as many steps and written by then. Nothing is allowed for a clock that was set, so what another
+    run wrote in its place a moment before or after is not taken for this one's."""
     found, history = origin(path), read_history(folder)
     return found is not None and any(event.step == found.steps and
-                                     history.started - _ROUNDED <= found.written <= time + _ROUNDED
+                                     history.started - _ROUNDED <= found.written <= min(before, time) + _ROUNDED
                                      for time, event in history.saved)
 
 

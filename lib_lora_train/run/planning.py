@@ -15,7 +15,7 @@ from pathlib import Path
 from lib_lora_train.dataset import held_out
 from lib_lora_train.dataset.buckets import Placement, buckets_for
 from lib_lora_train.dataset.caption_variation import known_captions
-from lib_lora_train.dataset.examples import Dataset, assign_buckets, at_each_resolution, visits_by_bucket, with_repeats
+from lib_lora_train.dataset.examples import Dataset, Masked, assign_buckets, at_each_resolution, visits_by_bucket, with_repeats
 from lib_lora_train.dataset.folder import read_folder
 from lib_lora_train.dataset.held_out import HeldOutImage
 from lib_lora_train.dataset.listing import MayRead
@@ -56,7 +56,7 @@ class RunPlan:
     target          the LoRA's file; its name is free
     resume_point    where the run goes on, None for a new run
     held_out        images to measure on, which are not trained unless `held_out_derived` (see `held_out.Split`)
-    masks           {image: its mask} of those that are not learnt whole, `white_share` what that leaves of them, about
+    masks           {`Example.masked`: its mask} of those that are not learnt whole, `white_share` what that leaves, about
     checkpoint      the title of the only model that it may train on, "" for whatever is loaded
     saves           whether it writes a LoRA
     """
@@ -74,7 +74,7 @@ class RunPlan:
     held_out: tuple[HeldOutImage, ...] = ()
     held_out_derived: bool = False
     notes: tuple[str, ...] = ()
-    masks: Mapping[Path, Path] = dataclasses.field(default_factory=dict)
+    masks: Mapping[Masked, Path] = dataclasses.field(default_factory=dict)
     white_share: float = 1.0
     prompts: tuple[SamplePrompt, ...] = ()
     checkpoint: str = ""
@@ -121,7 +121,7 @@ class RunPlan:
     @property
     def _masked(self) -> list[str]:
         """How many images have a mask, and what it leaves of them; [] where none has."""
-        masked = len({example.path for example in self.dataset.examples} & self.masks.keys())
+        masked = len({example.path for example in self.dataset.examples if example.masked in self.masks})
         return [f"{masked} of {counted(self.dataset.images, 'picture')} with a mask, about {self.white_share:.0%} of the area "
                 "is learnt"] if masked else []
 
@@ -189,7 +189,7 @@ def plan_dataset(settings: Settings, *, family: str, allowed: AllowedPaths | Non
                   *(problem.text for problem in dataset.problems)))
 
 
-def _masks(settings: Settings, dataset: Dataset, may_read: MayRead | None) -> tuple[Mapping[Path, Path], list[str]]:
+def _masks(settings: Settings, dataset: Dataset, may_read: MayRead | None) -> tuple[Mapping[Masked, Path], list[str]]:
     """The masks that the settings ask for, and a sentence where there are none. Raises DatasetError."""
     masks, chosen = masks_of(dataset, may_read=may_read), settings.masks
     if masks or not any(each.masks.masked_loss or each.masks.alpha_mask for each in subsets_of(settings)):

@@ -200,8 +200,7 @@ class RunQueue:
             if entry is not None:
                 self._begin(entry, folder)
             elif self._starting:
-                with contextlib.suppress(HostError):  # it is needed until a task ends: at a later look
-                    self._runner.refuse_other_model()
+                with contextlib.suppress(HostError), self._runner.other_model():  # else once a task has ended that needs it
                     self._restore_choice()
         finally:
             self._starting = ""
@@ -216,13 +215,14 @@ class RunQueue:
         try:
             with translated("starting a queued run"):
                 # What must end first objects before the model is changed.
-                self._runner.refuse(parse(entry.settings), other_model=not self._holds(entry.checkpoint))
-                try:
-                    with translated("starting a queued run"):
-                        self._choose(entry.checkpoint)
-                except Exception as error:  # noqa: BLE001 - it is not here, or damaged: no reason to wait
-                    self._ended(entry, "failed", error)
-                    return
+                self._runner.refuse(parse(entry.settings))
+                with contextlib.nullcontext() if self._holds(entry.checkpoint) else self._runner.other_model():
+                    try:
+                        with translated("starting a queued run"):
+                            self._choose(entry.checkpoint)
+                    except Exception as error:  # noqa: BLE001 - it is not here, or damaged: no reason to wait
+                        self._ended(entry, "failed", error)
+                        return
                 self._begun = entry.id
                 self._start(entry, folder)
         except HostError as error:  # somebody pressed Train, or other work must end first: the next may be luckier

@@ -14,13 +14,14 @@ from pathlib import Path
 
 from lib_lora_train.errors import SettingError, counted
 from lib_lora_train.events import Diagnosed, Event, Finished, Report, Step
-from lib_lora_train.host.port import Host
+from lib_lora_train.host.port import Host, never
 from lib_lora_train.run.callbacks import Stop
 from lib_lora_train.run.job import run_job
 from lib_lora_train.run.optimizing import traits_of
 from lib_lora_train.run.planning import RunPlan, plan_job
 from lib_lora_train.settings import Settings, flat, named, parse
 from lib_lora_train.settings.network import BLOCK_RATES, LORA_PLUS
+from lib_lora_train.settings.presets import NO_PRESET
 
 STEPS = 100
 LION_SHARE = 1 / 3
@@ -33,7 +34,7 @@ _OTHER: Mapping[str, object] = {
     "optimizer_type": "Prodigy", "optimizer_args": "", "learning_rate": 1.0, "unet_lr": 0.0,
     "lr_scheduler": "constant", "lr_warmup_steps": 0, "ema_decay": 0.0, "scale_weight_norms": 0.0,
     "max_train_minutes": 0.0, "validation": False, "sample_images": False, "save_every_n_epochs": 0, "save_every_n_steps": 0,
-    "save_state": False, "save_state_on_train_end": False, "overwrite": True, "resume": "", "preset": "None",
+    "save_state": False, "save_state_on_train_end": False, "overwrite": True, "resume": "", "preset": NO_PRESET,
     **dict.fromkeys(BLOCK_RATES, ""), **dict.fromkeys(LORA_PLUS, 0.0)}
 
 
@@ -41,12 +42,21 @@ def plan_finder(settings: Settings, host: Host, *, steps: int = STEPS) -> RunPla
     """The plan of the short run: what decides how a step learns is that of `settings`, but for the optimizer and its rates.
     Raises UserError, also where the optimizer of `settings` needs no rate or another kind of rate."""
     share_for(settings)
-    name = f"{settings.save.output_name or 'lora'}{SUFFIX}"
+    return dataclasses.replace(plan_job(finder_settings(settings, steps=steps), host), saves=False)
+
+
+def finder_settings(settings: Settings, *, steps: int = STEPS) -> Settings:
+    """Those of the short run, which belong to no other."""
     network = settings.network  # all that is trained has one rate; what has no effect stays as it is
     rates = {"text_encoder_lr": not network.network_train_unet_only, "embedding_lr": network.train_trigger_embedding}
-    short = parse({**flat(settings), **_OTHER, **{rate: 1.0 for rate, trained in rates.items() if trained},
-                   "max_train_steps": steps, "output_name": name})
-    return dataclasses.replace(plan_job(short, host), saves=False)
+    return parse({**flat(settings), **_OTHER, **{rate: 1.0 for rate, trained in rates.items() if trained},
+                  "max_train_steps": steps, "output_name": f"{settings.save.output_name or 'lora'}{SUFFIX}"})
+
+
+def is_finder(values: Mapping[str, object]) -> bool:
+    """Whether a run that was recorded with these settings was such a short one, however it ended."""
+    return str(values.get("output_name", "")).endswith(SUFFIX) and all(
+        values.get(name) == value for name, value in _OTHER.items())
 
 
 def share_for(settings: Settings) -> float:
@@ -65,8 +75,8 @@ def share_for(settings: Settings) -> float:
 
 
 def find_rate(plan: RunPlan, host: Host, *, requested: Settings, report: Report, stop: Stop, folder: Path | None = None,
-              sample_now: Callable[[], bool] = lambda: False, save_now: Callable[[], bool] = lambda: False,
-              paused: Callable[[], bool] = lambda: False) -> Finished:
+              sample_now: Callable[[], bool] = never, save_now: Callable[[], bool] = never,
+              paused: Callable[[], bool] = never) -> Finished:
     """Carry out the plan of `plan_finder`, and report the rate for the settings that were `requested` as a `Diagnosed`. The
     other arguments, the result and what is raised are those of `run_job`."""
     rates: list[float] = []

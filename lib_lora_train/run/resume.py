@@ -19,7 +19,7 @@ import torch
 
 from lib_lora_train.adapters.file import read_metadata
 from lib_lora_train.dataset.buckets import Placement
-from lib_lora_train.dataset.examples import Dataset
+from lib_lora_train.dataset.examples import Dataset, Masked
 from lib_lora_train.errors import LoraFileError, ModelError, SettingError, counted, translated
 from lib_lora_train.host.placement import weights_of
 from lib_lora_train.host.port import LeasedModel
@@ -208,8 +208,8 @@ def compare_data(now: Mapping[str, Any], resume_point: ResumePoint) -> list[str]
     return warnings
 
 
-def dataset_fingerprint(dataset: Dataset, placements: Sequence[Placement], masks: Mapping[Path, Path] = MappingProxyType({})
-                        ) -> str:
+def dataset_fingerprint(dataset: Dataset, placements: Sequence[Placement],
+                        masks: Mapping[Masked, Path] = MappingProxyType({})) -> str:
     """The sha256 of the dataset as the run sees it: names, captions, repeats, crops, and the length and both ends of each
     image file and of its mask. Its folder's path does not matter. Raises OutputError where a file is gone."""
     digest = hashlib.sha256()
@@ -218,7 +218,7 @@ def dataset_fingerprint(dataset: Dataset, placements: Sequence[Placement], masks
             about = (example.folder, example.path.name, example.caption, example.repeats, example.is_regularisation,
                      placement.bucket, placement.resized, placement.crop, *example.captions)
             digest.update(json.dumps(about).encode())
-            for path in filter(None, (example.path, masks.get(example.path))):
+            for path in filter(None, (example.path, masks.get(example.masked))):
                 digest.update(ends_of(path))
     return digest.hexdigest()
 

@@ -6,14 +6,16 @@ gone; the state is here and is read back by asking. It knows nothing of pages an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lib_lora_train import events, terminal
+from lib_lora_train.errors import HostError
 from lib_lora_train.host.port import Host
 from lib_lora_train.run.background import Failure, StopKind, TaskRunner
 from lib_lora_train.run.job import run_job
@@ -134,6 +136,7 @@ class Runner:
         self._run: _Run | None = None
         self._guards: list[Callable[[Settings], None]] = []
         self._model_guards: list[Callable[[], None]] = []
+        self._model_changes = False
         self._samples_wanted, self._save_wanted, self._paused = threading.Event(), threading.Event(), threading.Event()
 
     def guard(self, check: Callable[[Settings], None]) -> None:
@@ -144,17 +147,32 @@ class Runner:
         """Have `check` asked before the queue has the host hold another model: it raises HostError where this must wait."""
         self._model_guards.append(check)
 
-    def refuse(self, settings: Settings, *, other_model: bool = False) -> None:
-        """Raise HostError where a guard objects to a run with these settings, or to `other_model` being held for it."""
+    def refuse(self, settings: Settings) -> None:
+        """Raise HostError where a guard objects to a run with these settings."""
         for check in self._guards:
             check(settings)
-        if other_model:
-            self.refuse_other_model()
 
-    def refuse_other_model(self) -> None:
-        """Raise HostError where something is under way that needs the model that is held."""
-        for check in self._model_guards:
-            check()
+    @contextlib.contextmanager
+    def other_model(self) -> Iterator[None]:
+        """While the host is given another model; nothing begins meanwhile that needs one. Raises HostError where something is
+        under way that needs the model that is held."""
+        with self._lock:
+            for check in self._model_guards:
+                check()
+            self._model_changes = True
+        try:
+            yield
+        finally:
+            self._model_changes = False
+
+    def with_model(self, begin: Callable[[], int]) -> int:
+        """`begin` other work that needs the model that is held, of which a guard knows from then on. Raises HostError while the
+        host is given another one."""
+        with self._lock:
+            if self._model_changes:
+                raise HostError("The model is in use", why="the checkpoint of a queued run is being loaded",
+                                remedy="wait for it, or hold the queue")
+            return begin()
 
     def start(self, plan: RunPlan, host: Host, *, requested: Settings | None = None, folder: Path | None = None,
               recorded: Callable[[Path], None] | None = None, job: Callable[..., events.Finished] | None = None) -> str:

@@ -27,13 +27,12 @@ from lib_lora_train.run.record import read_events, read_settings
 from lib_lora_train.settings import DECLARATIONS, Settings, Value, flat, parse
 from lib_lora_train.settings.allowed_paths import check_allowed
 from lib_lora_train.settings.dataset_config import with_text
-from lib_lora_train.settings.presets import name_and_version, presets
+from lib_lora_train.settings.presets import PURPOSES, name_and_version, presets
 
-PURPOSES = ("character", "style", "object")
 FEW, SMALL_SET = 10, 20
 """Fewer pictures than these are learnt by heart soon, and move the weights hard in the first steps."""
 _EPOCHS, _WARM_UP = 10, 0.05
-_LOWER = ((1024, 768), (768, 512))
+_LOWER = {1024: 768, 768: 512}
 _DECIDE_THE_RATE = ("train_data_dir", "network_module", "network_dim", "network_alpha", "train_batch_size", "resolution")
 _LOOKED_AT = 30  # past runs
 _HALF = "Half the rank, as is usual: the learning rates that people name are meant for that."
@@ -69,11 +68,14 @@ def suggest(settings: Settings, host: Host, *, purpose: str, fits: Fits = lambda
     checkpoint = host.checkpoint()
     family = checkpoint.family if checkpoint else ""
     chosen = {name: value for name, value in _of_preset(purpose).items() if name != "learning_rate"}
+    made: dict[str, Suggestion] = {}
     if traits_of(settings).adapts_rate:
         chosen |= {"learning_rate": 1.0, "unet_lr": 0.0}
+        if settings.optimizer.unet_lr:
+            made["unet_lr"] = Suggestion("unet_lr", 0.0, "It would take the place of the learning rate, and multiply what the "
+                                         "optimizer finds.")
     settings = _with(settings, chosen)
     first = plan_dataset(settings, family=family, allowed=host.allowed)
-    made: dict[str, Suggestion] = {}
     for suggestion in itertools.chain(_purpose(purpose), _images(first, family), _captions(first, purpose),
                                       _masks(first, host)):
         made[suggestion.setting] = suggestion
@@ -175,7 +177,7 @@ def _images(plan: RunPlan, family: str) -> Iterator[Suggestion]:
     side = round((plan.resolution[0] * plan.resolution[1]) ** 0.5)
     areas = [example.width * example.height for example in plan.dataset.examples if not example.is_regularisation]
     small = sum(area < 0.8 * side * side for area in areas)
-    lower = dict(_LOWER).get(side)
+    lower = _LOWER.get(side)
     if lower and 2 * small > len(areas):
         yield Suggestion("resolution", str(lower), "More than half of the pictures are smaller than the usual size, and a LoRA "
                          "learns the softness of enlarged ones.")
@@ -202,7 +204,7 @@ def _masks(plan: RunPlan, host: Host) -> Iterator[Suggestion]:
     dataset = dataclasses.replace(plan.dataset, examples=tuple(
         dataclasses.replace(example, subset=dataclasses.replace(example.subset, masks=masked.masks))
         for example in plan.dataset.examples))
-    found = len(masks_of(dataset, may_read=host.allowed.may_read if host.allowed else None))
+    found = len({image for image, _ in masks_of(dataset, may_read=host.allowed.may_read if host.allowed else None)})
     if found:
         yield Suggestion("masked_loss", True, f"{found} of {counted(plan.dataset.images, 'picture')} have a mask, and only "
                          "what is white in it should be learnt.")

@@ -103,8 +103,7 @@ def blamed(name: str) -> Iterator[None]:
     try:
         yield
     except LoraTrainError as error:
-        raise type(error)(f"The sweep is refused because of {name}", why=error.what,
-                          remedy="; ".join(filter(None, [error.why, error.remedy]))) from error
+        raise type(error)(f"The sweep is refused because of {name}", why=str(error)) from error
 
 
 def plan_all(runs: Sequence[SweepRun], host: Host) -> None:

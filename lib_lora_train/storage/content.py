@@ -1,11 +1,11 @@
-"""What a file is that was taken for a `.safetensors` file and is none: told from its first bytes."""
+"""The header of a `.safetensors` file; and what a file is that was taken for one and is none: told from its first bytes."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lib_lora_train.errors import LoraTrainError, counted
 
@@ -23,14 +23,28 @@ _BEGINNINGS = (
     ((b"<",), "it is a web page, as servers send it in place of a file that they refuse", _DOWNLOAD),
     ((b"{", b"["), "it is a JSON text, as servers send it in place of a file that they refuse", _DOWNLOAD),
 )
+_UNREADABLE = "its header cannot be read"
 LONGEST_HEADER = 100_000_000  # the longest that safetensors reads
+
+
+def header_of(file: BinaryIO) -> dict[str, Any]:
+    """The header of a safetensors file that is read from its beginning, with its metadata; the tensors' bytes come next. Raises
+    OSError, and ValueError where there is none."""
+    start = file.read(9)
+    length = int.from_bytes(start[:8], "little")
+    if start[8:] != b"{" or length > LONGEST_HEADER:
+        raise ValueError(_UNREADABLE)
+    try:
+        return json.loads(start[8:] + file.read(length - 1))
+    except RecursionError as error:
+        raise ValueError(_UNREADABLE) from error
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
     """What the header of a safetensors file that opens says of each tensor, by name: its dtype, shape and data_offsets.
     `safe_open.get_slice` takes longer for a checkpoint's hundreds of tensors. Raises OSError and ValueError."""
     with path.open("rb") as file:
-        entries = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        entries = header_of(file)
     entries.pop("__metadata__", None)
     return entries
 
@@ -69,5 +83,5 @@ def _damage(header: bytes, *, missing: int) -> str:
             entries = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
             missing += max((entry["data_offsets"][1] for entry in entries), default=0)
         except (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError):
-            return "its header cannot be read"
+            return _UNREADABLE
     return "its end is missing" if missing > 0 else f"it has {counted(-missing, 'byte')} too many" if missing < 0 else ""

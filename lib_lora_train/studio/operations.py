@@ -299,7 +299,8 @@ def _start_with_model(studio: Studio, name: str, function: TaskFunction) -> int:
         except Interrupted as error:
             raise Interrupted(f"{name} was stopped; what was done is kept") from error
 
-    return studio.tasks.start(name, stopped_by_name, interrupted=studio.host.interrupted, with_model=True)
+    return studio.runner.with_model(lambda: studio.tasks.start(
+        name, stopped_by_name, interrupted=studio.host.interrupted, with_model=True))
 
 
 def _folder(session: DatasetSession) -> Path:

@@ -6,7 +6,6 @@ Everything that goes into HTML is escaped here: names, paths and messages come f
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import html
 import itertools
 import json
@@ -49,14 +48,15 @@ class Handlers:
     defaults: Mapping[str, Value]
     token: str = dataclasses.field(repr=False)
 
-    def plan(self, token: str, page: Latest, answer: str, preset: str, *values: object) -> tuple[Any, Any, Any, Any, Any, Any]:
+    def plan(self, token: str, page: OpenPage, number: str, preset: str, *values: object) -> tuple[Any, ...]:
         """(the summary as HTML, the fields as JSON for the browser to remember, the refusal, the button "Overwrite it", the
-        preset in force, the curve of the learning rate as HTML).
+        preset in force, the curve of the learning rate as HTML, `number`).
 
-        `answer` is the refusal beside the button; one of other values than these is removed together with the button.
+        A refusal of other values than these is removed together with the button. By the `number` the script knows what is
+        answered.
         """
         if not self._ours(token):
-            return _problem(OUTDATED), *[gr.update()] * 5
+            return _problem(OUTDATED), *[gr.update()] * 5, number
         chosen = self._by_name(values)
         in_force = self._in_force(preset, chosen)
         offer = self._presets()[name_and_version(in_force)[0]]
@@ -66,94 +66,98 @@ class Handlers:
         summary, steps = self._summary(chosen, outdated)
         if outdated():
             # A newer question is being answered, or a refusal came that this plan knows nothing of.
-            return (gr.update(),) * 6
-        presets_and_curve = self._list_of_presets(in_force, before=preset), _curve(chosen, steps=steps)
-        if not answer or _answers(answer, chosen):
-            return summary, draft, gr.update(), gr.update(), *presets_and_curve
-        return summary, draft, "", gr.update(visible=False), *presets_and_curve
+            return (gr.update(),) * 7
+        return (summary, draft, *page.shown(chosen), self._list_of_presets(in_force, before=preset),
+                _curve(chosen, steps=steps), number)
 
-    def start(self, token: str, page: Latest, *values: object) -> tuple[Any, Any]:
+    def start(self, token: str, page: OpenPage, *values: object, overwrite: bool = False) -> tuple[Any, Any]:
         """(a refusal as HTML or nothing, whether the button "Overwrite it" shows)."""
         if not self._ours(token):
             return _problem(OUTDATED), gr.update(visible=False)
-        # The page plans once more afterwards; an older plan would come too late.
-        page.ask()
         chosen = self._by_name(values)
+        page.ask()  # the page plans once more afterwards; an older plan would come too late
+        page.press(chosen)
         try:
+            chosen["overwrite"] = overwrite or chosen["overwrite"]
             chosen["preset"] = self._recorded(chosen)
             service.start(chosen, runner=self.runner, host=self.host)
         except LoraTrainError as error:
             taken = isinstance(error, OutputError) and self._taken(chosen)
             if taken:
                 error = OutputError(error.what, why=error.why, remedy="choose another name or overwrite it")
-            return _problem(str(error), values=chosen), gr.update(visible=taken)
+            return page.answer(_problem(str(error)), taken=_file(chosen) if taken else ())
         except Exception as error:  # noqa: BLE001 - as in `_summary`
-            return _problem(Failure.of(error, name="Starting").message, values=chosen), gr.update(visible=False)
-        return "", gr.update(visible=False)
+            return page.answer(_problem(Failure.of(error, name="Starting").message))
+        return page.answer("")
 
-    def find_rate(self, token: str, page: Latest, *values: object) -> Any:
-        """A refusal as HTML or nothing, of a short run that finds a learning rate for these settings."""
+    def find_rate(self, token: str, page: OpenPage, *values: object) -> tuple[Any, Any]:
+        """As `start`, of a short run that finds a learning rate for these settings."""
         if not self._ours(token):
-            return _problem(OUTDATED)
-        page.ask()  # as in `start`
+            return _problem(OUTDATED), gr.update(visible=False)
         chosen = self._by_name(values)
+        page.ask()  # as in `_start`
+        page.press(chosen)
         try:
             service.find_learning_rate(chosen, runner=self.runner, host=self.host)
         except LoraTrainError as error:
-            return _problem(str(error), values=chosen)
+            return page.answer(_problem(str(error)))
         except Exception as error:  # noqa: BLE001 - as in `_summary`
-            return _problem(Failure.of(error, name="Starting").message, values=chosen)
-        return ""
+            return page.answer(_problem(Failure.of(error, name="Starting").message))
+        return page.answer("")
 
-    def start_overwriting(self, token: str, page: Latest, answer: str, *values: object) -> tuple[Any, Any]:
-        """As `start`, replacing a LoRA of the name, this once: the one that `answer`, the refusal, spoke of."""
-        chosen = self._by_name(values)
-        if _answers(answer, chosen):
-            chosen["overwrite"] = True
-        return self.start(token, page, *chosen.values())
+    def start_overwriting(self, token: str, page: OpenPage, *values: object) -> tuple[Any, Any]:
+        """As `start`, replacing a LoRA of the name, this once: the one that the page was refused for."""
+        return self.start(token, page, *values, overwrite=page.taken == _file(self._by_name(values)))
 
-    def enqueue(self, token: str, request: str, *values: object) -> tuple[Any, Any]:
-        """(a refusal as HTML or nothing, the sign for the script that it is done). `request` is JSON of the script: what
-        `queue/add` is sent besides the settings, or the id of a run that waits and is to have these; and the sign."""
+    def enqueue(self, token: str, page: OpenPage, request: str, *values: object) -> tuple[Any, Any, Any]:
+        """(a refusal as HTML or nothing, the button "Overwrite it", the sign for the script that it is done). `request` is JSON
+        of the script: what `queue/add` is sent besides the settings, or the id of a run that waits and is to have these; and
+        the sign."""
         try:
             told = dict(json.loads(request))
         except (ValueError, TypeError):
             told = {}
         done = str(told.pop("sign", ""))
         if not self._ours(token) or not done:
-            return _problem(OUTDATED), done
+            return _problem(OUTDATED), gr.update(visible=False), done
         chosen = self._by_name(values)
+        page.press(chosen)
         try:
             chosen["preset"] = self._recorded(chosen)
             wanted = validated(QueueRequest, {**told, "settings": chosen})
             put = enqueue_sweep if wanted.axes or wanted.overrides else enqueue
             put(wanted, queue=queue_for(self.host, self.runner), host=self.host)
         except LoraTrainError as error:
-            return _problem(str(error), values=chosen), done
+            return *page.answer(_problem(str(error))), done
         except Exception as error:  # noqa: BLE001 - as in `_summary`
-            return _problem(Failure.of(error, name="Queueing").message, values=chosen), done
-        return "", done
+            return *page.answer(_problem(Failure.of(error, name="Queueing").message)), done
+        return *page.answer(""), done
 
-    def list_folders(self, token: str, *values: object) -> tuple[Any, Any]:
-        """(an update of the folders' settings with each folder that holds images, a refusal as HTML or nothing)."""
+    def list_folders(self, token: str, page: OpenPage, *values: object) -> tuple[Any, Any, Any]:
+        """(an update of the folders' settings with each folder that holds images, a refusal as HTML or nothing, the button
+        "Overwrite it")."""
         if not self._ours(token):
-            return gr.update(), _problem(OUTDATED)
+            return gr.update(), _problem(OUTDATED), gr.update(visible=False)
         chosen = self._by_name(values)
+        page.press(chosen)
+        found, refusal = gr.update(), ""
         if chosen["dataset_config"]:
-            return gr.update(), _problem(f"{named('dataset_config')} is not empty. Empty it to have the folders listed anew.")
-        try:
-            return gr.update(value=service.folder_settings(chosen, host=self.host)), ""
-        except LoraTrainError as error:
-            return gr.update(), _problem(str(error))
+            refusal = _problem(f"{named('dataset_config')} is not empty. Empty it to have the folders listed anew.")
+        else:
+            try:
+                found = gr.update(value=service.folder_settings(chosen, host=self.host))
+            except LoraTrainError as error:
+                refusal = _problem(str(error))
+        return found, *page.answer(refusal)
 
-    def apply_preset(self, page: Latest, picked: gr.SelectData) -> list[Any]:
+    def apply_preset(self, page: OpenPage, picked: gr.SelectData) -> list[Any]:
         """[what the preset is for, as HTML; an update for each field, empty where the preset does not name it]. `picked` is
         the press on the list, also one on what is in force already."""
         page.ask()  # a plan under way would put the name back that was shown before
         preset = self._presets().get(str(picked.value))  # "Style, changed" stays as it is
         return [_note(preset.description if preset else ""), *self._updates(preset.values if preset else {})]
 
-    def fill(self, token: str, page: Latest, incoming: str) -> list[Any]:
+    def fill(self, token: str, page: OpenPage, incoming: str) -> list[Any]:
         """[what the preset is for; the preset in force; an update for each field] from what the script has read, as JSON:
         {"values", "foreign", "preset"}. Of another program's file what it does not name becomes as at the start."""
         try:
@@ -170,7 +174,7 @@ class Handlers:
             return [_note(self._presets()[preset].description), self._list_of_presets(preset), *self._updates({})]
         return ["", self._list_of_presets(self._in_force(None, {**self.defaults, **values})), *self._updates(values)]
 
-    def restore(self, page: Latest, draft: str) -> list[Any]:
+    def restore(self, page: OpenPage, draft: str) -> list[Any]:
         """[the sign that the fields are filled; a summary for the time being; what the preset is for; the preset in force; an
         update for each field: what the browser remembers, else the settings of the last run]. gradio draws its buttons before
         it listens to them, so the script calls until it sees the sign: only the first call fills the fields, or the answer to
@@ -261,12 +265,17 @@ class Handlers:
                 for name in self.names if name != "preset"]
 
 
-class Latest:
-    """Lets a newer question of a page end an older one that is still being answered. One a page: gradio copies it."""
+class OpenPage:
+    """What is known of one page in a browser: its newest question, and what stands beside its button, of which values. gradio
+    copies it for each page."""
 
     def __init__(self) -> None:
         self._number = 0
         self._visits = itertools.count()  # its next() is one step, whichever thread asks
+        self._pressed: dict[str, object] = {}
+        self._answer: str | None = ""
+        self.taken: tuple[object, ...] = ()
+        """The LoRA, as `_file` has it, that the last press was refused for and that may be overwritten; () for none."""
 
     def first(self) -> bool:
         """True once for a page, when it fills its fields."""
@@ -278,6 +287,22 @@ class Latest:
         mine = self._number
         return lambda: mine != self._number
 
+    def press(self, values: Mapping[str, object]) -> None:
+        """A button is pressed with these values, to which the answer beside it will belong."""
+        self._pressed, self._answer, self.taken = _without_preset(values), None, ()
+
+    def answer(self, refusal: str, *, taken: tuple[object, ...] = ()) -> tuple[Any, Any]:
+        """What stands beside the button from now on: (the refusal as HTML or nothing, the button "Overwrite it")."""
+        self._answer, self.taken = refusal, taken
+        return refusal, gr.update(visible=bool(taken))
+
+    def shown(self, values: Mapping[str, object]) -> tuple[Any, Any]:
+        """What is to stand there when the fields have these values, as `answer` has it; nothing new before there is one. What
+        was of others is over."""
+        if self._pressed != _without_preset(values):
+            return self.answer("")
+        return (gr.update(), gr.update()) if self._answer is None else self.answer(self._answer, taken=self.taken)
+
 
 def _curve(values: Mapping[str, object], *, steps: int) -> str:
     """The learning rate over the run; nothing where the settings are refused, which the summary tells."""
@@ -287,14 +312,14 @@ def _curve(values: Mapping[str, object], *, steps: int) -> str:
         return ""
 
 
-def _digest(values: Mapping[str, object]) -> str:
-    """What a refusal carries to be known as the answer to these values. The preset is left out: it is named after them."""
-    asked = {name: value for name, value in values.items() if name != "preset"}
-    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def _without_preset(values: Mapping[str, object]) -> dict[str, object]:
+    """The preset is named after the others, so it may be called otherwise a moment later."""
+    return {name: value for name, value in values.items() if name != "preset"}
 
 
-def _answers(answer: str, values: Mapping[str, object]) -> bool:
-    return f'data-values="{_digest(values)}"' in (answer or "")
+def _file(values: Mapping[str, object]) -> tuple[object, ...]:
+    """What says which LoRA's file is written."""
+    return values["output_name"], values["output_dir"]
 
 
 def _plan_text(found: Mapping[str, Any], *, taken: str) -> str:
@@ -312,6 +337,5 @@ def _note(text: str) -> str:
     return f'<div class="lora-train-note">{html.escape(text)}</div>'
 
 
-def _problem(text: str, *, values: Mapping[str, object] | None = None) -> str:
-    attribute = "" if values is None else f' data-values="{_digest(values)}"'
-    return f'<div class="lora-train-problem" role="alert"{attribute}>{html.escape(text)}</div>'
+def _problem(text: str) -> str:
+    return f'<div class="lora-train-problem" role="alert">{html.escape(text)}</div>'

@@ -18,7 +18,7 @@ from lib_lora_train.run.runner import Runner
 from lib_lora_train.settings import AREAS, DECLARATIONS, Declaration, Settings, Value, declarations, flat
 from lib_lora_train.settings.presets import NO_PRESET, presets
 from lib_lora_train.ui.fields import element_id, field, slides, unsaved
-from lib_lora_train.ui.handlers import Handlers, Latest
+from lib_lora_train.ui.handlers import Handlers, OpenPage
 
 # The rows above the fold. A setting that is declared in view and missing here gets a row of its own below them.
 ROWS_IN_VIEW = (
@@ -61,9 +61,9 @@ def build_tab(*, runner: Runner, host: Host, token: str) -> gr.Blocks:
             with gr.Tab("3 Results", elem_id="lora_train_page_results"):
                 gr.HTML('<div id="lora_train_results"></div>')
         with gr.Row(elem_classes=[_HIDDEN]):
-            draft, restored, incoming, queued, done = (
+            draft, restored, incoming, queued, done, number, planned = (
                 unsaved(gr.Textbox(value="", elem_id=element_id(name), label=name.title(), max_lines=1))
-                for name in ("draft", "restored", "incoming", "queued", "enqueued"))
+                for name in ("draft", "restored", "incoming", "queued", "enqueued", "number", "planned"))
             plan, restore, fill, enqueue = (unsaved(gr.Button(name.title(), elem_id=element_id(name)))
                                             for name in ("plan", "restore", "fill", "enqueue"))
 
@@ -72,25 +72,25 @@ def build_tab(*, runner: Runner, host: Host, token: str) -> gr.Blocks:
         inputs = [*outputs, preset]
         # No handler waits for another: the queue is for images.
         quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, **_no_endpoint(gr.__version__)}
-        page = gr.State(Latest())
-        planning = {"fn": handlers.plan, "inputs": [key, page, answer, preset, *inputs],
-                    "outputs": [summary, draft, answer, overwrite, preset, curve], **quiet}
+        page = gr.State(OpenPage())
+        planning = {"fn": handlers.plan, "inputs": [key, page, number, preset, *inputs],
+                    "outputs": [summary, draft, answer, overwrite, preset, curve, planned], **quiet}
         plan.click(**planning)
         restore.click(handlers.restore, inputs=[page, draft], outputs=[restored, summary, about_preset, preset, *outputs],
                       **quiet).then(**planning)
         fill.click(handlers.fill, inputs=[key, page, incoming], outputs=[about_preset, preset, *outputs],
                    **quiet).then(**planning)
         preset.select(handlers.apply_preset, inputs=[page], outputs=[about_preset, *outputs], **quiet).then(**planning)
-        folders.click(handlers.list_folders, inputs=[key, *inputs],
-                      outputs=[fields["dataset_config"], answer], **quiet).then(**planning)
-        enqueue.click(handlers.enqueue, inputs=[key, queued, *inputs], outputs=[answer, done], **quiet)
+        folders.click(handlers.list_folders, inputs=[key, page, *inputs],
+                      outputs=[fields["dataset_config"], answer, overwrite], **quiet).then(**planning)
+        enqueue.click(handlers.enqueue, inputs=[key, page, queued, *inputs], outputs=[answer, overwrite, done], **quiet)
         for name in fields:
             if DECLARATIONS[name].choices:
                 # Typed fields tell the script that they changed; a drop-down does not.
                 fields[name].input(**planning)
         start.click(handlers.start, inputs=[key, page, *inputs], outputs=[answer, overwrite], **quiet).then(**planning)
-        find_rate.click(handlers.find_rate, inputs=[key, page, *inputs], outputs=[answer], **quiet).then(**planning)
-        overwrite.click(handlers.start_overwriting, inputs=[key, page, answer, *inputs], outputs=[answer, overwrite],
+        find_rate.click(handlers.find_rate, inputs=[key, page, *inputs], outputs=[answer, overwrite], **quiet).then(**planning)
+        overwrite.click(handlers.start_overwriting, inputs=[key, page, *inputs], outputs=[answer, overwrite],
                         **quiet).then(**planning)
     return tab
 

@@ -34,7 +34,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = tuple(_ROOT / "javascript" / f"lora_train{part}.js" for part in (
     "_language", *(f"_studio_{part}" for part in (
         "parts", "api", "top", "add", "gallery", "editor", "tags", "panels", "shape", "mask", "caption")),
-    "_chart", "_curve", "_progress", "_resume", "_send", "_files", "_notice", "_sweep", "_queue", "_suggestions",
+    "_fields", "_chart", "_curve", "_progress", "_resume", "_send", "_files", "_notice", "_sweep", "_queue", "_suggestions",
     "_result", "_zoom", "_strip", "_verdict", "_learning", "", "_studio",
     *(f"_results{part}" for part in ("_top", "_saves", "_share", "_grid", "_pictures", "_compare", "_runs", ""))))
 STYLES = (_ROOT / "style.css", Path(__file__).with_name("standalone.css"))

@@ -17,7 +17,10 @@ from PIL import Image
 from lib_lora_train import api, events
 from lib_lora_train.api import results
 from lib_lora_train.errors import HostError, Interrupted
+from lib_lora_train.host.port import Checkpoint
+from lib_lora_train.run.queue import RunQueue
 from lib_lora_train.run.runner import Runner
+from lib_lora_train.settings import parse
 from tests.fake_host import FakeJob, images
 from tests.results.written_run import Run
 
@@ -221,13 +224,30 @@ def test_a_grid_does_not_begin_while_a_training_has_the_model_unless_the_host_sh
     desk.host.shares_model = lambda: True
     assert desk.post("grid", run=desk.id).status_code == 200
     assert grid.began.wait(60)
-    with pytest.raises(HostError):
-        desk.runner.refuse_other_model()
+    with pytest.raises(HostError), desk.runner.other_model():
+        pass
     desk.runner.stop(save=False)
     assert desk.runner.wait(60)
     assert desk.start("again").status_code == 200
     desk.runner.stop(save=False)
     assert desk.runner.wait(60)
+
+
+def test_a_grid_does_not_begin_while_a_queued_run_has_another_model_loaded(desk: Desk, grid: Grid):
+    refused, loaded = [], desk.host.checkpoint()
+
+    def select(title: str) -> str:
+        refused.append(desk.post("grid", run=desk.id))
+        desk.host.checkpoint = lambda: Checkpoint("other", title, "sd1")
+        return loaded.title
+
+    desk.host.shares_model, desk.host.select = lambda: True, select
+    queue = RunQueue(desk.host, desk.runner, desk.host.runs_folder, start=lambda entry, folder: None, watch=False)
+    queue.add(parse({"output_name": "queued", "train_data_dir": str(images(desk.folder / "data"))}), checkpoint="other")
+    queue.check()
+    queue.close()
+    assert [answer.status_code for answer in refused] == [409] and "queued run" in refused[0].json()["error"]
+    assert desk.post("grid", run=desk.id).status_code == 200 and grid.began.wait(60)
 
 
 def test_a_sample_now_is_refused_without_a_run_that_samples(desk: Desk, job: FakeJob):

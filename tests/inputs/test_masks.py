@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn.functional import interpolate
 
 from lib_lora_train.dataset.masks import masks_of, white_share
@@ -18,6 +18,7 @@ from lib_lora_train.inputs.batches import Batches
 from lib_lora_train.inputs.latent_files import LatentDisk
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents
 from lib_lora_train.inputs.masks import Masks
+from lib_lora_train.run.planning import plan_dataset
 from lib_lora_train.settings import parse
 from lib_lora_train.settings.dataset_config import SubsetSettings, subsets_of
 from lib_lora_train.settings.loss import MaskSettings
@@ -36,6 +37,8 @@ def paint(image: Path, mask: Path, *, follows: bool = False) -> Path:
 
 
 def masks(dataset, placements, paths, *, unmasked_weight=0.0, prior_weight=0.0, threads=0, told=None) -> Masks:
+    """`paths` are masks by their images' paths, or as `masks_of` has them."""
+    paths = paths | {example.masked: paths[example.path] for example in dataset.examples if example.path in paths}
     return Masks(dataset, placements, paths, factor=8, unmasked_weight=unmasked_weight, prior_weight=prior_weight,
                  threads=threads, warn=[].append if told is None else told.append)
 
@@ -48,7 +51,7 @@ def chosen(dataset, **options):
 
 def found(dataset, may_read=None, **options) -> dict[str, str]:
     paths = masks_of(chosen(dataset, **options), may_read=may_read)
-    return {image.name: mask.relative_to(dataset.folder).as_posix() for image, mask in paths.items()}
+    return {image.name: mask.relative_to(dataset.folder).as_posix() for (image, _), mask in paths.items()}
 
 
 def test_masks_of_the_studio_of_onetrainer_and_of_kohya_are_found(make_dataset, tmp_path):
@@ -195,3 +198,20 @@ def test_each_folder_of_a_dataset_config_has_masks_of_its_own(tmp_path):
     one, other = subsets_of(parse({"train_data_dir": str(tmp_path), "dataset_config": text, "masked_loss": True}))
     assert one.masks == MaskSettings(masked_loss=True, alpha_mask=True, conditioning_data_dir="a_masks")
     assert other.masks == MaskSettings(masked_loss=True)
+
+
+def test_a_folder_that_is_named_twice_has_the_masks_of_each_naming(vae: FakeVAE, tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "a" / "x.png")
+    left = paint(tmp_path / "a" / "x.png", tmp_path / "left" / "x.png")
+    (tmp_path / "right").mkdir()
+    ImageOps.invert(Image.open(left)).save(tmp_path / "right" / "x.png")
+    subset = '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "a"\nconditioning_data_dir = "{}"\n'
+    settings = parse({"train_data_dir": str(tmp_path), "resolution": "64", "min_bucket_reso": 64, "masked_loss": True,
+                      "dataset_config": subset.format("left") + subset.format("right")})
+    plan = plan_dataset(settings, family="", allowed=None)
+    source = CachedLatents.build(vae, plan.dataset, plan.placements)
+    visits = [source.prepare(index, random.Random(0)) for index in (0, 1)]
+    own = masks(plan.dataset, plan.placements, plan.masks).weights([0, 1], visits)["mask"]
+    assert "1 of 1 picture with a mask" in plan.summary
+    assert torch.equal(own[0], 1 - own[1]) and own[0].mean() == 0.5

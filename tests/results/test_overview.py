@@ -38,7 +38,9 @@ def test_a_run_is_told_in_the_words_of_the_page(run: Run) -> None:
     assert found["held_out"] == {"pictures": ["a.png", "b.png"], "derived": False}
     assert found["measured"][0] == {
         "step": 50, "epoch": 1, "training": [0.1, 0.2, 0.3], "unadapted_training": [0.2, 0.3, 0.4], "held_out": [],
-        "unadapted_held_out": [], "strength": {"unet": None}, "path": ""}
+        "unadapted_held_out": [], "strength": {"unet": None}, "path": "", "better": {
+            # 1 - 1/2, 1 - 2/3, 1 - 3/4 and their mean.
+            "training": pytest.approx([100 * 13 / 36, 50, 100 / 3, 25]), "held_out": [None]}}
     assert found["samples"] == [
         {"prompt": f"prompt {index}", "index": index,
          "pictures": [{"step": 50, "epoch": 1, "file": f"samples/{index}-50.png", "seed": 1}]} for index in (0, 1)]

@@ -217,13 +217,18 @@ def test_what_is_no_save_or_no_weight_is_refused(run: Run, save: str, weight: fl
     assert files(run) == before
 
 
-def other_lora(path: Path) -> None:
-    file.save(path, {KEY: torch.ones(4, 2)}, {"ss_steps": "100", "ss_training_finished_at": str(time.time() + 3600)},
+def other_lora(path: Path, later: float = 3600) -> None:
+    file.save(path, {KEY: torch.ones(4, 2)}, {"ss_steps": "100", "ss_training_finished_at": str(time.time() + later)},
               dtype=torch.float16)
 
 
+def lora_of_a_short_run_afterwards(path: Path) -> None:
+    other_lora(path, later=3)
+
+
 @pytest.mark.parametrize(("replaced", "how"), [
-    ("zzk", other_lora), ("zzk", lambda path: path.write_bytes(b"something else")), ("zzk-step00000100", other_lora),
+    ("zzk", other_lora), ("zzk", lora_of_a_short_run_afterwards), ("zzk", lambda path: path.write_bytes(b"something else")),
+    ("zzk-step00000100", other_lora),
     ("zzk-step00000040", other_lora), ("zzk-step00000040", lambda path: path.write_bytes(b"damaged")),
     ("zzk-step00000040", Path.unlink)])
 def test_no_other_lora_is_replaced_or_taken(run: Run, replaced: str, how) -> None:

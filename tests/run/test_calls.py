@@ -10,7 +10,7 @@ import pytest
 from lib_lora_train.run import background
 from lib_lora_train.run.runner import Runner
 from lib_lora_train.training.loss import LOSSES
-from lib_lora_train.ui.handlers import Handlers, Latest
+from lib_lora_train.ui.handlers import Handlers, OpenPage
 from tests.jobs import run_settings
 
 PACKAGE = str(Path(background.__file__).parents[1])
@@ -69,7 +69,7 @@ def test_from_the_buttons_handler_to_the_loss_function_it_is_ten_calls(images, h
     monkeypatch.setattr(background.threading, "Thread", starting)
     runner, values = Runner(), flat(settings(images))
     handlers = Handlers(runner, host, tuple(DECLARATIONS), values, "token")
-    handlers.start("token", Latest(), *(values[name] for name in DECLARATIONS))
+    handlers.start("token", OpenPage(), *(values[name] for name in DECLARATIONS))
     assert runner.wait(120)
     road = started[0] + of_a_step(at_the_loss)
     show(road)

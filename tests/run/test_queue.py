@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections import Counter
@@ -29,13 +30,14 @@ class NoRunner:
 
     busy, needs_model, writes = False, False, True
 
-    def refuse(self, settings: Settings, *, other_model: bool = False) -> None:
-        if other_model:
-            self.refuse_other_model()
+    def refuse(self, settings: Settings) -> None:
+        pass
 
-    def refuse_other_model(self) -> None:
+    @contextlib.contextmanager
+    def other_model(self) -> Iterator[None]:
         if self.needs_model:
             raise HostError("The grid is being painted")
+        yield
 
     def saves(self) -> bool:
         return self.writes

@@ -105,7 +105,9 @@ def test_an_optimizer_that_finds_its_rate_keeps_the_factor_1_and_an_unknown_one_
     data = folder(tmp_path, 10, "a cat")
     pytest.importorskip("prodigyopt")
     prodigy = values(suggest(chosen(data, optimizer_type="Prodigy", learning_rate=1.0), fake, purpose="object"))
-    assert prodigy["learning_rate"] == 1.0
+    assert prodigy["learning_rate"] == 1.0 and "unet_lr" not in prodigy
+    own = values(suggest(chosen(data, optimizer_type="Prodigy", learning_rate=1.0, unet_lr=1e-4), fake, purpose="object"))
+    assert parse({**own, "optimizer_type": "Prodigy"}).rates[0] == 1.0 and own["unet_lr"] == 0.0
     assert "learning_rate" not in values(suggest(chosen(data, optimizer_type="SGDNesterov"), fake, purpose="object"))
 
 

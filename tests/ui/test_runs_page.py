@@ -12,6 +12,8 @@ import pytest
 from lib_lora_train import events
 from lib_lora_train.api.queue import queue_for
 from lib_lora_train.run import queue as queue_module
+from lib_lora_train.run.rate_finder import finder_settings
+from lib_lora_train.settings import flat, parse
 from tests.browser import ServedPage, expect, needs_browser, opened_page
 from tests.fake_host import FakeHost, images
 from tests.results.written_run import Run
@@ -31,10 +33,14 @@ def written(host: FakeHost) -> None:
         run.sample(100, prompt="zzk girl")
         run.tell(events.Finished("done", "", "", 100, "healthy"))
         run.record.close()
-    finder = Run(host.lora_folder.parent, host, run="finder-20261120-120000", values={"output_name": "finder"})
-    finder.tell(events.Diagnosed(100, "rate", "A learning rate of 0.001 suits.", "learning_rate", "0.001"),
-                events.Finished("done", "", "", 100, ""))
-    finder.record.close()
+    for name, told in (
+            ("finder", [events.Diagnosed(100, "rate", "A learning rate of 0.001 suits.", "learning_rate", "0.001"),
+                        events.Finished("done", "", "", 100, "")]),
+            ("stopped", [events.Finished("stopped", "", "", 7, "")]), ("failed", [events.Finished("failed", "", "", 7, "")])):
+        finder = Run(host.lora_folder.parent, host, run=f"{name}-20261120-120000", values=flat(finder_settings(parse(
+            {"output_name": name}))))
+        finder.tell(*told)
+        finder.record.close()
 
 
 @pytest.fixture
@@ -53,10 +59,19 @@ def test_a_sweep_is_queued_and_runs_are_compared_used_again_and_deleted(served: 
     page = served.page
     page.get_by_text("3 Results", exact=True).click()
     served.part("runs").locator("summary").click()
-    expect(page.locator(".ltr-run")).to_have_count(5)
-    found = page.locator(".ltr-run", has_text="learning rate found")
-    expect(found).to_contain_text("finder")
-    expect(found.get_by_role("button", name="Use these settings")).to_have_count(0)
+    expect(page.locator(".ltr-run")).to_have_count(7)
+    expect(page.locator(".ltr-run", has_text="learning rate found")).to_contain_text("finder")
+    expect(page.get_by_role("button", name="Use these settings")).to_have_count(4)
+    finders = page.locator(".ltr-run", has_text=re.compile("finder|stopped|failed"))
+    expect(finders).to_have_count(3)
+    expect(finders.get_by_role("button", name="Use these settings")).to_have_count(0)
+    for mark in finders.locator(".ltr-run-mark").all():
+        mark.check()
+    served.part("runs_compare").click()
+    expect(page.locator(".ltr-table tbody tr")).not_to_have_count(0)
+    expect(served.part("comparison").get_by_role("button", name="Use these settings")).to_have_count(0)
+    for mark in finders.locator(".ltr-run-mark").all():
+        mark.uncheck()
     marks = page.locator(".ltr-run", has_text="zzk").locator(".ltr-run-mark")
     for mark in marks.all():
         mark.check()

@@ -17,6 +17,7 @@ from lib_lora_train.settings.field import read
 from lib_lora_train.settings.importing import kohya_gui, lora_easy, lora_file, lora_scripts, onetrainer, sd_scripts
 from lib_lora_train.settings.importing.entries import OURS, Entry, Imported
 from lib_lora_train.settings.toml import decoded, flattened, tables_in
+from lib_lora_train.storage.content import header_of
 
 FORMATS = (onetrainer, lora_easy, kohya_gui, lora_scripts, sd_scripts)
 
@@ -37,9 +38,11 @@ def import_bytes(data: bytes, *, name: str) -> Imported:
 
 def _import(file: BinaryIO, *, name: str) -> Imported:
     if name.lower().endswith(".safetensors"):
-        header = lora_file.header_of(file)
-        if header is None:
-            raise SettingError(f"{Path(name).name} is no LoRA file", why="it has no header as safetensors files have")
+        try:
+            header = header_of(file)
+        except ValueError as error:
+            raise SettingError(f"{Path(name).name} is no LoRA file",
+                               why="it has no header as safetensors files have") from error
         return _guarded(lambda: lora_file.read_header(header, name=name), name)
     data = tables_in(decoded(file.read(), name=name), name=name, is_json=name.lower().endswith(".json"))
     return import_tables(data, name=name)

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from lib_lora_train.errors import SettingError
 from lib_lora_train.settings import DECLARATIONS
@@ -14,7 +14,6 @@ from lib_lora_train.settings.importing import onetrainer
 from lib_lora_train.settings.importing.entries import Imported
 from lib_lora_train.settings.importing.translation import Translation
 from lib_lora_train.settings.toml import tables_in
-from lib_lora_train.storage.content import LONGEST_HEADER
 
 PROGRAM = "a LoRA file"
 _RENAMED = {"num_epochs": "max_train_epochs", "batch_size_per_device": "train_batch_size",
@@ -34,19 +33,6 @@ _CLASSES = {"lionoptimizer": "Lion", "sgd": "SGDNesterov"}
 _B_LORA, _BOTH = re.compile(r"lora_unet_output_blocks_([01])_1_.*_attn[12]_"), "B-LoRA content and style"
 _CONVOLUTION = re.compile(r"_resnets_|samplers_|_in_layers_|_out_layers_|_emb_layers_|_skip_connection|_0_op|_2_conv")
 _ARGUMENT = re.compile(r"(\w+)=((?:\([^)]*\)|\[[^\]]*\]|[^,()]+)+)")
-
-
-def header_of(file: BinaryIO) -> dict[str, Any] | None:
-    """The header of a safetensors file; None where it is another kind of file."""
-    start = file.read(9)
-    length = int.from_bytes(start[:8], "little")
-    if start[8:] != b"{" or not 2 <= length <= LONGEST_HEADER:
-        return None
-    try:
-        header = json.loads(start[8:] + file.read(length - 1))
-    except (ValueError, RecursionError):
-        return None
-    return header if isinstance(header, dict) else None
 
 
 def read_header(header: Mapping[str, Any], *, name: str) -> Imported:

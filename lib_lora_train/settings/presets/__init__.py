@@ -22,6 +22,8 @@ from lib_lora_train.settings.toml import read_toml
 NO_PRESET = str(DECLARATIONS["preset"].default)
 CHANGED = ", changed"
 """Behind the name of a preset of whose settings one was changed since."""
+PURPOSES = ("character", "style", "object")
+"""What a LoRA may be for; each has a preset of its name."""
 IDENTITY = frozenset({"output_name", "output_dir", "train_data_dir", "dataset_config", "trigger_word", "reg_data_dir",
                       "network_weights", "training_comment", "overwrite", "resume", "preset"})
 """What belongs to one LoRA and not to a way of training; no preset and no "Default" touches it."""

@@ -12,14 +12,13 @@ from lib_lora_train import events
 from lib_lora_train.errors import translated
 from lib_lora_train.run import RUNS_FOLDER
 from lib_lora_train.settings import Settings, flat, parse, user_path
+from lib_lora_train.settings.presets import PURPOSES
 from lib_lora_train.settings.toml import write_toml
 from lib_lora_train.storage.atomic import write_atomic
 from lib_lora_train.studio.commands.sweep import add_given, given_values
 
 if TYPE_CHECKING:
     from lib_lora_train.host.standalone import StandaloneHost
-
-PURPOSES = ("character", "style", "object")
 
 
 def add_suggest(commands: Any) -> None:
