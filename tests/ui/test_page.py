@@ -276,6 +276,8 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(served: Served):
     served.page.set_viewport_size({"width": 390, "height": 800})
     served.open("?__theme=dark")
     served.fill()
+    for drawn in served.page.locator("#lora_train_queue input").all():  # what the browser draws in a field is dark as well
+        assert drawn.evaluate("input => getComputedStyle(input).colorScheme") == "dark"
     for fold in served.page.locator(".lora-train-fold").all():
         fold.click(position={"x": 20, "y": 15})
     served.part("start").click()
