@@ -72,8 +72,8 @@ class Gains:
     @classmethod
     def of(cls, measured: Measured, *, spent: float) -> Gains:
         """That of an event."""
-        training = _gain(measured.training, measured.unadapted_training)
-        return cls(measured, spent, training, _gain(measured.held_out, measured.unadapted_held_out)
+        training = gain(measured.training, measured.unadapted_training)
+        return cls(measured, spent, training, gain(measured.held_out, measured.unadapted_held_out)
                    if measured.held_out else training, max(measured.strength.values(), default=math.inf))
 
     @property
@@ -266,7 +266,9 @@ def _told_length(value: str, run: RunSummary) -> str:
     return counted(int(value), "step" if run.length == "max_train_steps" else "epoch")
 
 
-def _gain(losses: Sequence[float], unadapted: Sequence[float]) -> float:
+def gain(losses: Sequence[float], unadapted: Sequence[float]) -> float:
+    """By which share the losses are below those of the model without the LoRA, in the mean of the logarithms over the bands; no
+    number where one is missing."""
     if not losses or not all(math.isfinite(loss) and loss > 0 for loss in (*losses, *unadapted)):
         return math.nan
     return 1 - math.exp(sum(math.log(loss / other) for loss, other in zip(losses, unadapted, strict=True)) / len(losses))

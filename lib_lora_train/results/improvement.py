@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from lib_lora_train.evaluation import diagnosis
 from lib_lora_train.events import ImageLosses
 
 _FEW, _LITTLE, _MUCH = 4, 0.25, 2.0
@@ -14,11 +15,13 @@ _MOST = 8
 
 
 def improvement(losses: Sequence[float | None], unadapted: Sequence[float | None]) -> float | None:
-    """By how many per cent the losses are below those of the base model, bands counting alike, as the page says it; None where
-    a number is missing."""
-    shares = [loss / other for loss, other in zip(losses, unadapted, strict=False) if loss is not None and other]
-    found = 100 * (1 - sum(shares) / len(shares)) if shares and len(shares) == len(losses) else math.nan
-    return found if math.isfinite(found) else None
+    """By how many per cent the losses are below those of the base model, as the verdict and the page say it; None where a
+    number is missing."""
+    if len(losses) != len(unadapted):
+        return None
+    found = diagnosis.gain([math.nan if loss is None else loss for loss in losses],
+                           [math.nan if loss is None else loss for loss in unadapted])
+    return 100 * found if math.isfinite(found) else None
 
 
 @dataclasses.dataclass(frozen=True)

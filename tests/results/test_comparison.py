@@ -120,7 +120,7 @@ def written(host: FakeHost, number: int, images: dict, **values: object) -> Path
     made = Run(host.lora_folder.parent, host, run=f"zzk{number}-20261121-12000{number}",
                values={"output_name": f"zzk{number}", "seed": number, "sample_prompts": str(number), **values})
     made.tell(events.HeldOut(("9.png",), False), events.Measured(
-        100, 1, (0.2,) * 3, (0.4,) * 3, (0.3, 0.2, 0.1), (0.4, 0.4, 0.4), {}))
+        100, 1, (0.2,) * 3, (0.4,) * 3, (0.4, 0.2, 0.1), (0.4, 0.4, 0.4), {}))
     made.save(f"zzk{number}", 100, final=True)
     made.sample(100, prompt="zzk girl")
     made.tell(events.Finished("done", "", "", 100, "healthy"))
@@ -141,7 +141,7 @@ def test_what_differs_is_read_from_the_records_and_drawn_beside_each_other(tmp_p
     assert found["rows"][0]["changes"] == {"added": [], "removed": [], "changed": [], "captions": []}
     assert found["rows"][1]["changes"] == {
         "added": ["c.png"], "removed": ["a.png"], "changed": ["b.png"], "captions": ["b.png"]}
-    # 1 - mean(0.3, 0.2, 0.1) / 0.4
+    # 1, a half and a quarter of the base model's loss: in the mean of the logarithms a half.
     assert found["rows"][1]["measures"][GAIN]["mean"] == pytest.approx(50) and found["measures"] == [GAIN, "held_out_loss"]
     assert [curve["points"] for curve in found["curves"]] == [[[100, pytest.approx(50)]]] * 3
     sample, = found["samples"]

@@ -6,8 +6,9 @@ import math
 
 import pytest
 
-from lib_lora_train.events import ImageLosses
-from lib_lora_train.results.improvement import ImageGains
+from lib_lora_train.evaluation.diagnosis import Gains
+from lib_lora_train.events import ImageLosses, Measured
+from lib_lora_train.results.improvement import ImageGains, improvement
 
 
 def gains_of(*shares: float) -> ImageGains:
@@ -24,6 +25,14 @@ def test_what_gained_less_than_a_quarter_or_more_than_twice_the_median_stands_ou
     found = gains_of(0.79, 0.959, 0.8, 0.59, 0.961, 1.2, 0.61)  # gains of 21, 4.1, 20, 41, 3.9, -20 and 39 per cent
     assert names(found.images) == "febcagd" and found.images[0].gain == pytest.approx(-20)
     assert (names(found.never), names(found.at_once)) == ("feb", "d")
+
+
+def test_losses_of_several_bands_are_better_by_what_the_verdict_says() -> None:
+    """Of an eighth, a half and the base model's own loss, the mean of the logarithms is a quarter to the power of 2/3."""
+    losses, unadapted = (0.1, 0.2, 0.2), (0.8, 0.4, 0.2)
+    assert improvement(losses, unadapted) == pytest.approx(100 * (1 - 0.25 ** (2 / 3)))
+    assert Gains.of(Measured(1, 1, losses, unadapted, (), (), {}), spent=1.0).training == pytest.approx(1 - 0.25 ** (2 / 3))
+    assert improvement((None, 0.2, 0.2), unadapted) is None and improvement((), ()) is None
 
 
 def test_the_most_conspicuous_eight_are_named() -> None:

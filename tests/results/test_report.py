@@ -127,12 +127,12 @@ def test_its_numbers_are_those_of_the_events(run: Run) -> None:
     run.tell(events.ImageLosses(50, names, losses, (0.4,) * 5))
     page = Page(html_of(run))
     row, = (row for row in page.rows if row[0] == "zzk-step00000050")
-    # Held out, of the base model's loss: 1, 1 and 0.4; training: 1/4, 1/3 and 3/8.
-    assert row[1:5] == ["50", "1", "+20.0 %", "+68.1 %"]
+    # Held out, of the base model's loss: 1, 1 and 0.4, whose cube root is 0.737; training: 1/4, 1/3 and 3/8, of 1/32 0.315.
+    assert row[1:5] == ["50", "1", "+26.3 %", "+68.5 %"]
     never, at_once, *every = [row for row in page.rows if row[0].endswith(".png")]
     assert (never, at_once) == (["d.png", "-2.5 %"], ["e.png", "+75.0 %"])
     assert every == [["d.png", "-2.5 %"], ["c.png", "+20.0 %"], ["a.png", "+25.0 %"], ["e.png", "+75.0 %"]]
-    for told in ("step 50: held-out pictures 20 %", "step 50: training pictures 68.1 %",  # and the bands one by one
+    for told in ("step 50: held-out pictures 26.3 %", "step 50: training pictures 68.5 %",  # and the bands one by one
                  "step 50: training pictures 75 %", "step 50: held-out pictures 60 %"):
         assert told in page.text
 

@@ -153,6 +153,23 @@ def test_a_run_and_the_page_results(shown: Translated):
     assert shown.read() == []
 
 
+@pytest.mark.parametrize("locale", ["ja-JP", "zh-CN", "zh-TW", "en-GB"])
+def test_no_text_of_a_button_is_wider_than_the_button(browser: object, tmp_path: Path, locale: str):
+    wider = """() => [...document.querySelectorAll("#lora_train_run button")].filter((button) => {
+        const text = document.createRange();
+        text.selectNodeContents(button);
+        return text.getBoundingClientRect().width > button.clientWidth;
+    }).map((button) => button.textContent)"""
+    with opened_page(browser, patience_ms=PATIENCE_MS, locale=locale) as page, ServedPage(tmp_path, page) as made:
+        page.goto(made.url)
+        page.get_by_role("button", name=re.compile("^2 ")).or_(page.get_by_role("tab", name=re.compile("^2 "))).click()
+        expect(made.part("start").first).to_have_text(re.compile("Train" if locale == "en-GB" else "^[^A-Za-z]+$"))
+        made.part("result_buttons").evaluate(  # as in the WebUI after a run with several saves
+            "row => [row, ...row.children].forEach((part) => part.classList.remove('lora-train-hidden'))")
+        expect(made.part("send").first).to_be_visible()
+        assert page.evaluate(wider) == []
+
+
 def test_the_webuis_setting_or_else_the_browser_chooses_the_language(browser: object, tmp_path: Path):
     script = (SCRIPTS / "lora_train_language.js").read_text(encoding="utf-8")
     chosen = """([script, localization]) => {

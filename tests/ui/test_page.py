@@ -270,10 +270,25 @@ def test_control_and_enter_start_and_the_summary_follows_a_preset(served: Served
     assert served.job.seen is not None and served.job.seen.optimizer.max_train_steps == 200
 
 
+def test_the_queue_follows_the_buttons_where_no_run_is_shown(served: Served):
+    served.open()
+    apart = """() => document.querySelector(".lora-train-queue-bar").getBoundingClientRect().top
+        - document.querySelector("#lora_train_before").getBoundingClientRect().bottom"""
+    assert served.page.evaluate(apart) < 50
+    served.fill()
+    served.part("start").click()
+    served.job.advance(FakeJob.TOTAL)
+    expect(served.page.locator("#lora_train_live")).to_contain_text("zzk is ready.")
+    expect(served.page.locator(".lora-train-curve svg")).to_be_visible()
+    assert served.page.evaluate(apart) > 300
+
+
 def test_on_a_phone_nothing_is_wider_than_the_screen(served: Served):
     served.page.set_viewport_size({"width": 390, "height": 800})
     served.open("?__theme=dark")
     served.fill()
+    for drawn in served.page.locator("#lora_train_queue input").all():  # what the browser draws in a field is dark as well
+        assert drawn.evaluate("input => getComputedStyle(input).colorScheme") == "dark"
     for fold in served.page.locator(".lora-train-fold").all():
         fold.click(position={"x": 20, "y": 15})
     served.part("start").click()

@@ -27,7 +27,8 @@ def written(host: FakeHost) -> None:
         run = Run(host.lora_folder.parent, host, run=f"zzk{rate}-{seed}-20261121-120000",
                   values={"output_name": f"zzk{rate}-{seed}", "learning_rate": rate, "seed": seed})
         loss = GAINS[rate, seed]
-        run.tell(*(events.Measured(step, 1, (), (), (held_out,) * 3, (0.4,) * 3, {})
+        # The bands differ; the mean of their logarithms is that of the loss.
+        run.tell(*(events.Measured(step, 1, (), (), (held_out / 4, held_out, 4 * held_out), (0.4,) * 3, {})
                    for step, held_out in ((0, 0.4), (100, loss))))
         run.save(f"zzk{rate}-{seed}", 100, final=True)
         run.sample(100, prompt="zzk girl")
@@ -72,6 +73,9 @@ def test_a_sweep_is_queued_and_runs_are_compared_used_again_and_deleted(served: 
     expect(served.part("comparison").get_by_role("button", name="Use these settings")).to_have_count(0)
     for mark in finders.locator(".ltr-run-mark").all():
         mark.uncheck()
+    # A run of 0.3 / 0.4: the same in the list, beside its save and in the verdict's words.
+    page.locator(".ltr-run", has_text="held-out gain 25.0 %").get_by_role("button", name="Show").click()
+    expect(page.locator(".ltr-better")).to_have_text("+25 %")
     marks = page.locator(".ltr-run", has_text="zzk").locator(".ltr-run-mark")
     for mark in marks.all():
         mark.check()

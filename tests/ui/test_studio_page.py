@@ -547,6 +547,16 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(few: StudioPage):
     assert few.page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+def test_the_column_beside_the_pictures_stays_in_sight_when_the_page_is_scrolled(few: StudioPage):
+    few.page.set_viewport_size({"width": 1280, "height": 200})
+    few.open()
+    top = few.page.locator(".lts-side").evaluate("""column => {
+        scrollTo(0, scrollY + column.parentElement.getBoundingClientRect().top + 40);
+        return column.getBoundingClientRect().top;
+    }""")
+    assert 0 <= top < 50
+
+
 def test_findings_are_looked_at_anew_by_themselves_after_a_change(few: StudioPage):
     check = few.part("step_check")
     few.tiles().nth(4).click()

@@ -60,6 +60,17 @@ def press(tab: Tab, name: str) -> None:
     tab.part("queue").get_by_role("button", name=name, exact=True).click()
 
 
+def compare(tab: Tab, *names: str):
+    """The lines of the table that page 3 makes of these runs."""
+    tab.turn("3 Results")
+    tab.part("runs").locator("summary").click()
+    for name in names:
+        run = tab.page.locator(".ltr-run", has=tab.page.get_by_text(name, exact=True))
+        run.get_by_role("checkbox").check()
+    tab.part("runs_compare").click()
+    return tab.part("comparison").locator("tbody tr")
+
+
 def test_each_trains_on_its_checkpoint_and_one_that_fails_stops_nobody(
         tmp_path: Path, dataset: Path, browser: object) -> None:
     """Also after the WebUI is killed in the middle of a run: the page offers to go on with that one, the others are trained."""
@@ -110,5 +121,9 @@ def test_each_trains_on_its_checkpoint_and_one_that_fails_stops_nobody(
         assert now["planned"]["resumed_at"] >= 2
         tab.part("stop_save").click()
         expect(row(tab, "long")).to_contain_text("stopped")
+        lines = compare(tab, "elsewhere", "last")
+        expect(lines).to_have_count(2)
+        for name in ("elsewhere", "last"):
+            expect(lines.filter(has=tab.page.get_by_role("rowheader", name=name))).to_be_visible()
     assert (webui.loras / "long.safetensors").is_file()
     server.close()
