@@ -139,7 +139,7 @@ class Measuring:
 
     def end(self, progress: Progress, *, path: str, stop: Stop) -> None:
         """After the last step, when the result is at `path`: measure it, and each image while nobody wants the run to end."""
-        if self._unadapted is None or not self._loss.model.unet.tensors:
+        if self._unadapted is None or self._loss.model.unet.layers.released:
             return
         if self._measured != progress.step:
             self._measure(progress, path=path)

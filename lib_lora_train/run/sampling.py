@@ -119,7 +119,7 @@ class SampleCallback:
 
     def end(self, progress: Progress) -> None:
         """Sample what the training has come to, unless it was stopped or others have the model."""
-        if progress.step and self._model.unet.tensors and not self._stop():
+        if progress.step and not self._model.unet.layers.released and not self._stop():
             self._sample(progress)
 
     def _sample(self, progress: Progress) -> bool:

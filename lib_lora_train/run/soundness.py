@@ -115,7 +115,7 @@ class Probe:
 
     def verdict(self, progress: Progress) -> tuple[Verdict, str]:
         """What the LoRA is worth after a training, and why where it is ruined."""
-        if not self.model.unet.tensors or self.unadapted is None:
+        if self.model.unet.layers.released or self.unadapted is None:
             return "", ""  # the run was stopped while others had the model, or had no memory to look
         return _unless_full(lambda: self._verdict(progress)) or ("", "")
 

@@ -97,11 +97,13 @@ def test_nobody_is_asked_where_the_user_refuses(images, tiny_file, tmp_path):
     assert busy.handed == 0
 
 
-def test_who_stops_while_others_have_the_model_keeps_what_was_learnt(images, tiny_file, tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"base_weights": "int8"}, {"channels_last": "on"}],
+                         ids=["borrowed", "in eight bits", "laid out anew"])
+def test_who_stops_while_others_have_the_model_keeps_what_was_learnt(images, tiny_file, tmp_path, changes):
     busy, stopped, seen = BusyHost(tiny_file, tmp_path, wants=lambda _: learnt(seen) == 3), [], []
 
     busy.after = lambda: stopped.append("save")
-    finished = run_settings(settings(images), busy, report=seen.append, stop=lambda: "".join(stopped))
+    finished = run_settings(settings(images, **changes), busy, report=seen.append, stop=lambda: "".join(stopped))
     assert (finished.outcome, finished.steps) == ("stopped", 3)
     whole = run_settings(settings(images, "whole", max_train_steps=3, lr_scheduler="constant"), busy, report=lambda _: None,
                     stop=lambda: "")

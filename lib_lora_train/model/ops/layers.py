@@ -106,11 +106,14 @@ class Layers:
         self._weights: dict[str, Weight] = {name: borrowed(tensor) for name, tensor in tensors.items()}
         self._own: dict[str, torch.device] = {}  # the devices of our copies
         self._swap: BlockSwap | None = None
+        self.released = False
+        """Between `release` and `rebind`, while `tensors` are at most our own copies."""
         self.tensors: Mapping[str, Weight] = MappingProxyType(self._weights)
         self._adapters = NO_ADAPTERS
 
     def release(self) -> None:
         """Hold none of the host's memory and nothing on its device until `rebind`; nothing can be computed meanwhile."""
+        self.released = True
         for name in tuple(self._weights):
             if name in self._own:
                 self._weights[name] = self._weights[name].to("cpu")
@@ -127,6 +130,7 @@ class Layers:
         for name, tensor in tensors.items():
             if name not in self._own and not self._is_placed(name, tensor):
                 self._weights[name] = self._placed(name, borrowed(tensor), tensor.device)
+        self.released = False
 
     def replace(self, weights: Mapping[str, Weight]) -> None:
         """Compute with these copies (quantised, or of another memory layout) of the borrowed tensors of the same names,
