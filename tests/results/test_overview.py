@@ -39,8 +39,8 @@ def test_a_run_is_told_in_the_words_of_the_page(run: Run) -> None:
     assert found["measured"][0] == {
         "step": 50, "epoch": 1, "training": [0.1, 0.2, 0.3], "unadapted_training": [0.2, 0.3, 0.4], "held_out": [],
         "unadapted_held_out": [], "strength": {"unet": None}, "path": "", "better": {
-            # 1 - 1/2, 1 - 2/3, 1 - 3/4 and their mean.
-            "training": pytest.approx([100 * 13 / 36, 50, 100 / 3, 25]), "held_out": [None]}}
+            # 1 - 1/2, 1 - 2/3, 1 - 3/4; before them 1 - the geometric mean of the three ratios.
+            "training": pytest.approx([100 * (1 - (1 / 2 * 2 / 3 * 3 / 4) ** (1 / 3)), 50, 100 / 3, 25]), "held_out": [None]}}
     assert found["samples"] == [
         {"prompt": f"prompt {index}", "index": index,
          "pictures": [{"step": 50, "epoch": 1, "file": f"samples/{index}-50.png", "seed": 1}]} for index in (0, 1)]
