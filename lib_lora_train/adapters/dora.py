@@ -47,8 +47,8 @@ class DoRALayer(nn.Module):
     @torch.no_grad()
     def begin_at(self, weight: Weight) -> None:
         """See `OfWeight`."""
-        norms = self._norms(weight)
-        self.dora_scale.data = norms.reshape(1, -1, *[1] * (len(weight.shape) - 2)).to(self.dora_scale.device)
+        norms = self._norms(weight.to(self.dora_scale.device))  # a host may have its model elsewhere before the training
+        self.dora_scale.data = norms.reshape(1, -1, *[1] * (len(weight.shape) - 2))
 
     def merged(self, weight: Tensor) -> Tensor:
         """See `OfWeight`."""

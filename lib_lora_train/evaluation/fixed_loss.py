@@ -112,7 +112,8 @@ def relative_change(model: FrozenModel, network: AdapterNetwork, *, norms: dict[
             down, up = delta.down.flatten(1), delta.up
             change = abs(delta.scale) * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()  # ‖BA‖² = tr(BᵀB·AAᵀ)
         else:
-            frozen = dense(weight, torch.float32)
+            there = next(layer.parameters()).device  # text encoders that are not computed with may be elsewhere
+            frozen = dense(weight, torch.float32).to(there)
             change = (merged(layer, frozen) - frozen).norm()
         if target.key not in norms:
             norms[target.key] = dense(weight, torch.float32).norm().clamp(min=1e-12).to(change.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from lib_lora_train.inputs.latent_files import LatentDisk
 from lib_lora_train.inputs.latents import CachedLatents, FreshLatents, LatentSource
 from lib_lora_train.inputs.masks import Masks
 from lib_lora_train.inputs.text import CAPTIONS_AT_ONCE, DEFAULT_MAX_BYTES, MAX_BYTES_VARIED, TextCache
-from lib_lora_train.inputs.vae_batches import EncodingBudget, VaeBatches, check_finite
+from lib_lora_train.inputs.vae_batches import EncodingBudget, VaeBatches, check_finite, encoding_bytes
 from lib_lora_train.model.fingerprint import encoder_fingerprint
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.sd.text import Conditioning, Tokens
@@ -56,9 +57,12 @@ def latents_of(plan: RunPlan, model: FrozenModel, vae: Mapping[str, torch.Tensor
     with translated("encoding the pictures"):
         if settings.encodes_in_steps:
             # The memory plan counts what is encoded beside a step, so it does not follow what is free.
-            return FreshLatents.build(model.vae, plan.dataset, plan.placements, vae_batch_size=at_once or 1,
-                                      on_progress=stage("Checking pictures", report, pause),
-                                      warn=lambda text: report(Warned(text)), **shared)
+            fresh = FreshLatents.build(model.vae, plan.dataset, plan.placements, vae_batch_size=at_once or 1,
+                                       on_progress=stage("Checking pictures", report, pause),
+                                       warn=lambda text: report(Warned(text)), **shared)
+            # Some are looked at before the first step, and until then the VAE may be where the host keeps it.
+            budget(encoding_bytes(max((placement.bucket for placement in plan.placements), key=math.prod)) * (at_once or 1))
+            return fresh
         disk = LatentDisk(vae_fingerprint=encoder_fingerprint(vae)) if chosen.cache_latents_to_disk else None
         return CachedLatents.build(model.vae, plan.dataset, plan.placements, disk=disk, folder=folder,
                                    seed=settings.optimizer.seed, vae_batch_size=at_once, budget=budget,

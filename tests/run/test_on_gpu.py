@@ -1,0 +1,97 @@
+"""A run on a GPU (a pretended one) goes to its end, with each tensor where it is computed with, and learns what a run on the
+CPU learns. The host keeps its model on the CPU, as the Forges, --medvram and the command line do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from lib_lora_train import events
+from lib_lora_train.host.standalone import StandaloneHost
+from lib_lora_train.settings import parse
+from tests.conftest import MakeImage
+from tests.jobs import run_settings
+from tests.model.checkpoint_files import write_shallow
+from tests.pretended_gpu import CPU, GPU, pretended_gpu
+
+SGD = {"optimizer_type": "torch.optim.SGD", "learning_rate": 0.5, "max_grad_norm": 0.0}
+CASES: dict[str, dict[str, object]] = {
+    "plain": {}, "convolutions": {"conv_dim": 2}, "dropout": {"network_dropout": 0.2, "module_dropout": 0.3},
+    "checkpointed": {"gradient_checkpointing": True}, "offloaded": {"cpu_offload_checkpointing": True},
+    "text encoders": {"network_train_unet_only": False, "text_encoder_lr": 0.5},
+    "word": {"train_trigger_embedding": True, "embedding_lr": 0.1}, "dop": {"preservation": "dop"},
+    "dco": {"preservation": "dco", "dco_beta": 10.0}, "masks": {"alpha_mask": True, "masked_prior_preservation_weight": 0.5},
+    "huber": {"loss_type": "huber"}, "noise": {"multires_noise_iterations": 3, "ip_noise_gamma": 0.1},
+    "DoRA": {"dora_wd": True}, "LoHa": {"network_module": "LoHa"}, "LoKr": {"network_module": "LoKr"},
+    "OFT": {"network_module": "OFT", "learning_rate": 0.01}, "int8": {"base_weights": "int8"},
+    "int8 NHWC": {"base_weights": "int8", "channels_last": "on"}, "NHWC": {"channels_last": "on", "conv_dim": 2},
+    "ema": {"ema_decay": 0.9}, "norms": {"scale_weight_norms": 0.01}, "encoded anew": {"color_aug": True},
+    "shuffled": {"shuffle_caption": True}, "samples": {"sample_images": True, "sample_at_first": True,
+                                                         "sample_every_n_steps": 1, "sample_prompts": "a cat --w 64 --h 64"},
+    "swapped": {"blocks_to_swap": 4, "memory_plan": "manual"},
+    "swapped int8": {"blocks_to_swap": 4, "memory_plan": "manual", "base_weights": "int8"}}
+
+SELECTED = [("text encoders", "no"), ("DoRA", "no"), ("encoded anew", "no"), ("samples", "bf16"), ("swapped int8", "bf16"),
+            ("offloaded", "no")]
+ALL = [(case, precision) for case in CASES for precision in ("no", "bf16", "fp16")]
+"""Of fp16 a CPU computes nothing before torch 2.2 or so."""
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_shallow(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture
+def images(make_image: MakeImage, tmp_path: Path) -> Path:
+    for number in range(3):
+        path = make_image(f"images/{number}.png", size=(64, 64), caption="zzk, a red cat, on grass")
+        image = Image.open(path).convert("RGBA")
+        image.putalpha(Image.linear_gradient("L").resize(image.size).point(lambda value: max(value, 1)))
+        image.save(path)
+    return tmp_path / "images"
+
+
+def run(images: Path, checkpoint: Path, folder: Path, device: torch.device, **changes: object):
+    seen: list[events.Event] = []
+    host = StandaloneHost(checkpoint, lora_folder=folder / "loras", runs_folder=folder / "runs", device=device)
+    record = folder / "runs" / "one"
+    record.mkdir(parents=True)
+    finished = run_settings(parse({
+        "train_data_dir": str(images), "output_name": "zzk", "trigger_word": "zzk", "resolution": "64", "min_bucket_reso": 64,
+        "num_repeats": 1, "max_train_steps": 3, "network_dim": 4, "network_alpha": 4, "save_precision": "float",
+        "train_batch_size": 2, "lr_scheduler": "constant", "sample_images": False, "validation": True, "save_state": False,
+        "save_every_n_epochs": 0, "preservation_class": "cat", **{"mixed_precision": "no", **SGD, **changes}}), host,
+        report=seen.append, stop=lambda: "", folder=record)
+    warned = [event.message for event in seen if isinstance(event, events.Warned)]
+    return load_file(finished.path), warned, [event for event in seen if isinstance(event, (events.Measured, events.Sampled))]
+
+
+@pytest.mark.parametrize(("case", "precision"), ALL if os.environ.get("FULL_MATRIX") else SELECTED)
+def test_what_is_learnt_on_a_gpu_is_what_is_learnt_on_the_cpu(
+        case: str, precision: str, images: Path, checkpoints: dict[str, Path], tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    there, noted, measured = run(images, checkpoints["sd1"], tmp_path / "cpu", CPU, **CASES[case])
+    with pretended_gpu(monkeypatch):
+        found, warned, looked = run(images, checkpoints["sd1"], tmp_path / "gpu", GPU, **CASES[case], mixed_precision=precision)
+    assert found.keys() == there.keys()
+    assert not [text for text in warned if "could not be measured" in text or "not measured" in text or "left out" in text]
+    assert len(looked) == len(measured)
+    whole, other = (torch.cat([tensor.flatten().float() for tensor in tensors.values()]) for tensors in (there, found))
+    assert (whole - other).norm() < (1e-3 if precision == "no" else 0.2) * whole.norm()
+
+
+@pytest.mark.parametrize("network", [{"network_module": "LoHa"}, {"dora_wd": True}], ids=["LoHa", "DoRA"])
+def test_layers_of_text_encoders_that_are_not_trained_go_on_with_the_encoders_off_the_gpu(
+        network: dict[str, object], images: Path, checkpoints: dict[str, Path], tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    run(images, checkpoints["sd1"], tmp_path / "first", CPU, network_train_unet_only=False, **network)
+    first = tmp_path / "first" / "loras" / "zzk.safetensors"
+    with pretended_gpu(monkeypatch):
+        _, warned, looked = run(images, checkpoints["sd1"], tmp_path / "gpu", GPU, network_weights=str(first))
+    assert looked and not [text for text in warned if "measured" in text]
