@@ -92,6 +92,8 @@ class PretendedGpu(TorchFunctionMode):
         if device.type != self._device(tensor).type and result.untyped_storage().data_ptr() == tensor.untyped_storage(
                 ).data_ptr():
             result = result.clone()
+        if target is None and self.place_of(tensor) is None:
+            return result
         return result if result is tensor else self.place(result, GPU if device.type == "cuda" else CPU)
 
     def _created(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
