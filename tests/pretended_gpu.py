@@ -92,6 +92,8 @@ class PretendedGpu(TorchFunctionMode):
         if device.type != self._device(tensor).type and result.untyped_storage().data_ptr() == tensor.untyped_storage(
                 ).data_ptr():
             result = result.clone()
+        if target is None and self.place_of(tensor) is None:
+            return result
         return result if result is tensor else self.place(result, GPU if device.type == "cuda" else CPU)
 
     def _created(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -147,7 +149,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch, *, free: int = 100 * GIGABYTE
         "max_memory_allocated": lambda *_: GIGABYTE, "reset_peak_memory_stats": lambda *_: None,
         "get_device_capability": lambda *_: capability, "device": lambda *_: contextlib.nullcontext(),
         "stream": lambda *_: contextlib.nullcontext(), "current_stream": lambda *_: _Stream(), "Stream": _Stream,
-        "Event": _Stream, "cudart": lambda: _Cudart}
+        "Event": _Stream, "cudart": lambda: _Cudart, "is_current_stream_capturing": lambda: False}
     for name, value in given.items():
         monkeypatch.setattr(torch.cuda, name, value)
     # What torch saves within an operation is not known to be on the GPU, and compared with what is computed again.

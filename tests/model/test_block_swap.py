@@ -298,3 +298,24 @@ def test_the_hosts_memory_is_page_locked_in_place_and_unlocked_before_it_goes_ba
     assert same(step(model, network), resident)
     model.unet.layers.end_swap()
     assert not cudart.locked
+
+
+def test_memory_is_unlocked_before_it_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its owner, who moved his weights meanwhile, holds it no longer: others may have those addresses then."""
+    weight = torch.ones(64, 64)
+    memory, held = StorageWeakRef(weight.untyped_storage()), list[bool]()
+
+    class Watching(Cudart):
+        def cudaHostUnregister(self, address: int) -> int:
+            held.append(not memory.expired())
+            return super().cudaHostUnregister(address)
+
+    cudart = Watching(1 << 30)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: False)
+    swap = BlockSwap(["block"], CPU, copies=CopiesOfStandIn())
+    swap.placed("block.weight", weight)
+    swap.placed("block.weight", torch.ones(64, 64))
+    del weight
+    swap.release()
+    assert len(held) == 2 and all(held) and not cudart.locked

@@ -3,7 +3,10 @@ CPU learns. The host keeps its model on the CPU, as the Forges, --medvram and th
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,12 +15,17 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lib_lora_train import events
+from lib_lora_train.dataset.progress import ShouldStop
+from lib_lora_train.host import placement
+from lib_lora_train.host.port import LeasedModel, never
 from lib_lora_train.host.standalone import StandaloneHost
+from lib_lora_train.run import job
 from lib_lora_train.settings import parse
 from tests.conftest import MakeImage
 from tests.jobs import run_settings
 from tests.model.checkpoint_files import write_shallow
 from tests.pretended_gpu import CPU, GPU, pretended_gpu
+from tests.run.test_hand_over import BusyHost
 
 SGD = {"optimizer_type": "torch.optim.SGD", "learning_rate": 0.5, "max_grad_norm": 0.0}
 CASES: dict[str, dict[str, object]] = {
@@ -57,9 +65,37 @@ def images(make_image: MakeImage, tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def run(images: Path, checkpoint: Path, folder: Path, device: torch.device, **changes: object):
+class BusyGpu(BusyHost):
+    """Others want its model before each piece of work, and have all of it on the GPU meanwhile."""
+
+    def __init__(self, checkpoint: Path, folder: Path) -> None:
+        super().__init__(checkpoint, folder)
+        self._device, self._placed = GPU, dict[str, torch.device]()
+
+    @contextlib.contextmanager
+    def lease(self, *, stop: ShouldStop = never) -> Iterator[LeasedModel]:
+        with super().lease(stop=stop) as leased:
+            for name, device in (("offload_parts", CPU), ("reload_parts", GPU)):
+                setattr(leased, name, functools.partial(self._put, getattr(leased, name), device))
+            yield leased
+
+    def _put(self, put: Callable[[frozenset[str]], Mapping[str, torch.Tensor]], device: torch.device,
+             parts: frozenset[str]) -> Mapping[str, torch.Tensor]:
+        self._placed.update(dict.fromkeys(parts, device))
+        return put(parts)
+
+    def yield_model(self, leased: LeasedModel, stop: ShouldStop) -> Mapping[str, torch.Tensor] | None:
+        super().yield_model(leased, stop)
+        placement.move(leased.tensors.values(), GPU)
+        for part, device in self._placed.items():
+            placement.move(placement.tensors_of(leased.tensors, {part}), device)
+        return leased.tensors
+
+
+def run(images: Path, checkpoint: Path, folder: Path, device: torch.device, *, busy: bool = False, **changes: object):
     seen: list[events.Event] = []
-    host = StandaloneHost(checkpoint, lora_folder=folder / "loras", runs_folder=folder / "runs", device=device)
+    host = BusyGpu(checkpoint, folder) if busy else StandaloneHost(
+        checkpoint, lora_folder=folder / "loras", runs_folder=folder / "runs", device=device)
     record = folder / "runs" / "one"
     record.mkdir(parents=True)
     finished = run_settings(parse({
@@ -77,6 +113,7 @@ def test_what_is_learnt_on_a_gpu_is_what_is_learnt_on_the_cpu(
         case: str, precision: str, images: Path, checkpoints: dict[str, Path], tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:
     there, noted, measured = run(images, checkpoints["sd1"], tmp_path / "cpu", CPU, **CASES[case])
+    monkeypatch.setattr(job, "matrix_rate", lambda *_, **given: 1e12)  # of a GPU, which a CPU takes minutes to measure in fp16
     with pretended_gpu(monkeypatch):
         found, warned, looked = run(images, checkpoints["sd1"], tmp_path / "gpu", GPU, **CASES[case], mixed_precision=precision)
     assert found.keys() == there.keys()
@@ -84,6 +121,17 @@ def test_what_is_learnt_on_a_gpu_is_what_is_learnt_on_the_cpu(
     assert len(looked) == len(measured)
     whole, other = (torch.cat([tensor.flatten().float() for tensor in tensors.values()]) for tensors in (there, found))
     assert (whole - other).norm() < (1e-3 if precision == "no" else 0.2) * whole.norm()
+
+
+@pytest.mark.parametrize("case", ["swapped", "swapped int8", "int8 NHWC", "samples"])
+def test_so_it_is_where_others_have_the_model_before_each_step(case: str, images: Path, checkpoints: dict[str, Path],
+                                                               tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there, _, measured = run(images, checkpoints["sd1"], tmp_path / "cpu", CPU, **CASES[case])
+    with pretended_gpu(monkeypatch, free=0):
+        found, _, looked = run(images, checkpoints["sd1"], tmp_path / "gpu", GPU, busy=True, **CASES[case])
+    assert len(looked) == len(measured)
+    whole, other = (torch.cat([tensor.flatten() for tensor in tensors.values()]) for tensors in (there, found))
+    assert (whole - other).norm() < 1e-3 * whole.norm()
 
 
 @pytest.mark.parametrize("network", [{"network_module": "LoHa"}, {"dora_wd": True}], ids=["LoHa", "DoRA"])

@@ -126,7 +126,8 @@ class CudaCopies:
         """See `Copies`."""
         self._refused = False
         while self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._pinned.popitem()[0])
+            address, _held = self._pinned.popitem()  # until it is unlocked: freed memory may be somebody else's
+            torch.cuda.cudart().cudaHostUnregister(address)
 
 
 @dataclasses.dataclass
