@@ -277,8 +277,8 @@ def weight_copies(unet: Mapping[str, Tensor], config: StepConfig) -> int:
 
 
 def _merged(workload: Workload, config: StepConfig) -> int:
-    """Bytes of the weights that other LoRAs are merged into; in eight bits they take the place of those."""
-    return 0 if config.base_dtype else workload.merged
+    """Bytes of the weights that other LoRAs are merged into; in eight bits or with swapped blocks those take their place."""
+    return 0 if config.base_dtype or config.swapped else workload.merged
 
 
 def _before(tensors: Mapping[str, Tensor], workload: Workload) -> int:

@@ -24,6 +24,7 @@ from lib_lora_train.model.ops.weights import Quantised, Weight
 log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
 _ALIGNMENT = 256  # bytes, as torch's own allocations have it
+_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
 
 def spread(blocks: Sequence[str], count: int) -> tuple[str, ...]:
@@ -98,9 +99,10 @@ class CudaCopies:
         if self._refused or tensor.data_ptr() in self._pinned or tensor.is_pinned():
             return
         if error := int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)):
-            self._refused = True
-            log.warning("Weights could not be page-locked after %d MiB (CUDA error %d): the rest is copied more slowly",
-                        sum(pinned.nbytes for pinned in self._pinned.values()) >> 20, error)
+            # Without memory for it nothing more is asked for; others may fail for one tensor, as in a mapped file.
+            self._refused = error == _OUT_OF_MEMORY
+            log.warning("%d MiB of weights could not be page-locked (CUDA error %d, after %d MiB): they are copied more slowly",
+                        tensor.nbytes >> 20, error, sum(pinned.nbytes for pinned in self._pinned.values()) >> 20)
             with contextlib.suppress(RuntimeError):  # CUDA reports it once more at the next kernel, whatever that is
                 torch.zeros(1, device=self._device).add_(1)
         else:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -121,11 +120,12 @@ class UNet:
         return layers.conv2d(block.name, x, padding=1)
 
 
-@dataclass(frozen=True)
 class Run:
-    """Runs the blocks of a UNet, those in `checkpointed` by recomputing them in backward."""
+    """Runs the blocks of a UNet, those in `checkpointed` by recomputing them in backward. Not a dataclass, whose frozen fields
+    torch.compile cannot follow."""
 
-    checkpointed: frozenset[str]
+    def __init__(self, checkpointed: frozenset[str]) -> None:
+        self.checkpointed = checkpointed
 
     def __call__(self, name: str, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """`function(*arguments)`, which is the block `name`."""
