@@ -39,14 +39,16 @@ class StudioPage(ServedPage):
 
     def forget(self) -> None:
         """As on the first visit of a new server."""
+        # First of all away from the page, which would ask for the pictures of a dataset that is being removed.
+        self.page.goto(f"{self.url.rstrip('/')}{api.PREFIX}/page.css")  # of the page's origin, and without its script
+        self.page.evaluate("localStorage.clear(); sessionStorage.clear()")
+        self.page.set_viewport_size({"width": 1280, "height": 900})
         studio = studio_for(self.host, self.runner)
         studio.tasks.stop()
         assert studio.tasks.wait(60)
         studio.close(discard=True)
-        shutil.rmtree(self.host.datasets_folder, ignore_errors=True)
-        self.page.set_viewport_size({"width": 1280, "height": 900})
-        self.page.goto(f"{self.url.rstrip('/')}{api.PREFIX}/page.css")  # of the page's origin, and without its script
-        self.page.evaluate("localStorage.clear(); sessionStorage.clear()")
+        while self.host.datasets_folder.exists():  # what was asked for before may still be answered
+            shutil.rmtree(self.host.datasets_folder, ignore_errors=True)
 
     def tiles(self):
         return self.page.locator(".lts-tile")
