@@ -2,7 +2,7 @@
 
 A `Layers` computes `F.linear`, `F.conv2d` and the norms on the host's tensors, addressed by name:
 
-- It copies no weight, except in `replace`, `lay_out_channels_last` and `swap`. A weight whose dtype differs from the
+- It copies no weight, except in `replace`, `lay_out_channels_last` and `begin_swap`. A weight whose dtype differs from the
   activation's is cast for one call: autograd keeps the borrowed tensor, and backward casts it once more.
 - It computes no gradient of a weight. The tensors are detached views, so `requires_grad` of the host's parameters
   neither matters nor changes.
@@ -147,7 +147,7 @@ class Layers:
             self._weights[name] = swap.placed(name, weight)
 
     def end_swap(self) -> None:
-        """Leave the waiting weights alone, which their owner may then move. Nothing can be computed until `rebind`."""
+        """Leave the waiting weights alone, which their owner may then move. Nothing can be computed afterwards."""
         if self._swap is not None:
             self._swap.release()
 
