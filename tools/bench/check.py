@@ -150,10 +150,10 @@ class Checks:
                 "times as fast": first.seconds / last.seconds, **_losses(first, last)}
 
     def swapping(self, case: Case) -> Figures:
-        """All of the UNet's blocks swapped and none: seconds, losses and bytes."""
+        """All of the UNet's blocks swapped and none: seconds, losses and bytes. Without a GPU nothing is swapped."""
         resident, swapped = (self._run(case, VARIANTS[name]) for name in ("eager", "swapped"))
-        return {"seconds": {"resident": resident.seconds, "swapped": swapped.seconds},
-                "times as long": swapped.seconds / resident.seconds, **_losses(resident, swapped),
+        ratio = {"times as long": swapped.seconds / resident.seconds} if self.cuda else {}
+        return {"seconds": {"resident": resident.seconds, "swapped": swapped.seconds}, **ratio, **_losses(resident, swapped),
                 "bytes": {"resident": _bytes(resident), "swapped": _bytes(swapped)}}
 
     def memory(self, case: Case) -> Figures:
