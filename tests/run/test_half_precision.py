@@ -7,20 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from lib_lora_train import events
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.run import job
-from lib_lora_train.settings import parse
 from tests.conftest import MakeImage
 from tests.jobs import run_settings
 from tests.model.checkpoint_files import write_shallow
+from tests.run.short_runs import flat, short_run, transparent_images
 from tests.run.test_network_matrix import computes_fp16
 
-SGD = {"optimizer_type": "torch.optim.SGD", "learning_rate": 0.5, "max_grad_norm": 0.0}
-"""In which a wrong gradient shows: AdamW goes as far whatever the gradient's size."""
 HALF = [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.skipif(
     not computes_fp16(), reason="this torch multiplies no fp16 matrices on a CPU"))]
 CASES: dict[str, dict[str, object]] = {
@@ -39,13 +36,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def images(make_image: MakeImage, tmp_path: Path) -> Path:
-    for number in range(2):
-        path = make_image(f"images/{number}.png", size=(64, 64), caption="zzk, a red cat, on grass")
-        image = Image.open(path).convert("RGBA")
-        image.putalpha(Image.linear_gradient("L").resize(image.size).point(lambda value: max(value, 1)))
-        image.save(path)
-    return tmp_path / "images"
+def images(make_image: MakeImage) -> Path:
+    return transparent_images(make_image, 2)
 
 
 def learnt(images: Path, checkpoint: Path, folder: Path, **changes: object) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -57,11 +49,7 @@ def learnt(images: Path, checkpoint: Path, folder: Path, **changes: object) -> t
             losses.append(event.loss)
 
     host = StandaloneHost(checkpoint, lora_folder=folder, runs_folder=folder / "runs")
-    finished = run_settings(parse({
-        "train_data_dir": str(images), "output_name": "zzk", "trigger_word": "zzk", "resolution": "64", "min_bucket_reso": 64,
-        "num_repeats": 1, "max_train_steps": 3, "network_dim": 4, "network_alpha": 4, "save_precision": "float",
-        "train_batch_size": 2, "lr_scheduler": "constant", "sample_images": False, "validation": False, "save_state": False,
-        "save_every_n_epochs": 0, "preservation_class": "cat", **SGD, **changes}), host, report=report, stop=lambda: "")
+    finished = run_settings(short_run(images, **changes), host, report=report, stop=lambda: "")
     return {name: tensor for name, tensor in load_file(finished.path).items()
             if name.endswith("lora_up.weight") or "emb" in name}, losses
 
@@ -76,5 +64,5 @@ def test_what_is_learnt_is_what_is_learnt_in_fp32(case: str, dtype: torch.dtype,
     assert others == pytest.approx(losses, rel=0.03)
     assert exact.keys() == rounded.keys()
     assert [name for name in exact if bool(exact[name].any()) != bool(rounded[name].any())] == []
-    whole, other = (torch.cat([tensor.flatten().float() for tensor in tensors.values()]) for tensors in (exact, rounded))
+    whole, other = flat(exact), flat(rounded)
     assert torch.cosine_similarity(whole, other, dim=0) > 0.98 and 0.9 < other.norm() / whole.norm() < 1.1

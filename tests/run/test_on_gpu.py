@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from lib_lora_train import events
@@ -20,14 +19,13 @@ from lib_lora_train.host import placement
 from lib_lora_train.host.port import LeasedModel, never
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.run import job
-from lib_lora_train.settings import parse
 from tests.conftest import MakeImage
 from tests.jobs import run_settings
 from tests.model.checkpoint_files import write_shallow
 from tests.pretended_gpu import CPU, GPU, pretended_gpu
+from tests.run.short_runs import flat, short_run, transparent_images
 from tests.run.test_hand_over import BusyHost
 
-SGD = {"optimizer_type": "torch.optim.SGD", "learning_rate": 0.5, "max_grad_norm": 0.0}
 CASES: dict[str, dict[str, object]] = {
     "plain": {}, "convolutions": {"conv_dim": 2}, "dropout": {"network_dropout": 0.2, "module_dropout": 0.3},
     "checkpointed": {"gradient_checkpointing": True}, "offloaded": {"cpu_offload_checkpointing": True},
@@ -56,13 +54,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def images(make_image: MakeImage, tmp_path: Path) -> Path:
-    for number in range(3):
-        path = make_image(f"images/{number}.png", size=(64, 64), caption="zzk, a red cat, on grass")
-        image = Image.open(path).convert("RGBA")
-        image.putalpha(Image.linear_gradient("L").resize(image.size).point(lambda value: max(value, 1)))
-        image.save(path)
-    return tmp_path / "images"
+def images(make_image: MakeImage) -> Path:
+    return transparent_images(make_image, 3)
 
 
 class BusyGpu(BusyHost):
@@ -98,12 +91,8 @@ def run(images: Path, checkpoint: Path, folder: Path, device: torch.device, *, b
         checkpoint, lora_folder=folder / "loras", runs_folder=folder / "runs", device=device)
     record = folder / "runs" / "one"
     record.mkdir(parents=True)
-    finished = run_settings(parse({
-        "train_data_dir": str(images), "output_name": "zzk", "trigger_word": "zzk", "resolution": "64", "min_bucket_reso": 64,
-        "num_repeats": 1, "max_train_steps": 3, "network_dim": 4, "network_alpha": 4, "save_precision": "float",
-        "train_batch_size": 2, "lr_scheduler": "constant", "sample_images": False, "validation": True, "save_state": False,
-        "save_every_n_epochs": 0, "preservation_class": "cat", **{"mixed_precision": "no", **SGD, **changes}}), host,
-        report=seen.append, stop=lambda: "", folder=record)
+    settings = short_run(images, **{"validation": True, "mixed_precision": "no", **changes})
+    finished = run_settings(settings, host, report=seen.append, stop=lambda: "", folder=record)
     warned = [event.message for event in seen if isinstance(event, events.Warned)]
     return load_file(finished.path), warned, [event for event in seen if isinstance(event, (events.Measured, events.Sampled))]
 
@@ -119,7 +108,7 @@ def test_what_is_learnt_on_a_gpu_is_what_is_learnt_on_the_cpu(
     assert found.keys() == there.keys()
     assert not [text for text in warned if "could not be measured" in text or "not measured" in text or "left out" in text]
     assert len(looked) == len(measured)
-    whole, other = (torch.cat([tensor.flatten().float() for tensor in tensors.values()]) for tensors in (there, found))
+    whole, other = flat(there), flat(found)
     assert (whole - other).norm() < (1e-3 if precision == "no" else 0.2) * whole.norm()
 
 
@@ -130,7 +119,7 @@ def test_so_it_is_where_others_have_the_model_before_each_step(case: str, images
     with pretended_gpu(monkeypatch, free=0):
         found, _, looked = run(images, checkpoints["sd1"], tmp_path / "gpu", GPU, busy=True, **CASES[case])
     assert len(looked) == len(measured)
-    whole, other = (torch.cat([tensor.flatten() for tensor in tensors.values()]) for tensors in (there, found))
+    whole, other = flat(there), flat(found)
     assert (whole - other).norm() < 1e-3 * whole.norm()
 
 

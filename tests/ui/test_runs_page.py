@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,11 +57,21 @@ def served(browser: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         queue_for(made.host, made.runner).close()
 
 
-def test_a_sweep_is_queued_and_runs_are_compared_used_again_and_deleted(served: ServedPage, tmp_path: Path) -> None:
-    page = served.page
-    page.get_by_text("3 Results", exact=True).click()
+@pytest.fixture
+def listed(served: ServedPage) -> ServedPage:
+    """With all runs in sight."""
+    served.page.get_by_text("3 Results", exact=True).click()
     served.part("runs").locator("summary").click()
-    expect(page.locator(".ltr-run")).to_have_count(7)
+    expect(served.page.locator(".ltr-run")).to_have_count(7)
+    return served
+
+
+def marks_of(served: ServedPage) -> Any:
+    return served.page.locator(".ltr-run", has_text="zzk").locator(".ltr-run-mark")
+
+
+def test_the_settings_of_a_rate_finder_are_offered_to_no_run(listed: ServedPage) -> None:
+    page = listed.page
     expect(page.locator(".ltr-run", has_text="learning rate found")).to_contain_text("finder")
     expect(page.get_by_role("button", name="Use these settings")).to_have_count(4)
     finders = page.locator(".ltr-run", has_text=re.compile("finder|stopped|failed"))
@@ -68,16 +79,17 @@ def test_a_sweep_is_queued_and_runs_are_compared_used_again_and_deleted(served: 
     expect(finders.get_by_role("button", name="Use these settings")).to_have_count(0)
     for mark in finders.locator(".ltr-run-mark").all():
         mark.check()
-    served.part("runs_compare").click()
+    listed.part("runs_compare").click()
     expect(page.locator(".ltr-table tbody tr")).not_to_have_count(0)
-    expect(served.part("comparison").get_by_role("button", name="Use these settings")).to_have_count(0)
-    for mark in finders.locator(".ltr-run-mark").all():
-        mark.uncheck()
+    expect(listed.part("comparison").get_by_role("button", name="Use these settings")).to_have_count(0)
+
+
+def test_runs_are_compared_and_their_settings_used_again(listed: ServedPage) -> None:
+    served, page = listed, listed.page
     # A run of 0.3 / 0.4: the same in the list, beside its save and in the verdict's words.
     page.locator(".ltr-run", has_text="held-out gain 25.0 %").get_by_role("button", name="Show").click()
     expect(page.locator(".ltr-better")).to_have_text("+25 %")
-    marks = page.locator(".ltr-run", has_text="zzk").locator(".ltr-run-mark")
-    for mark in marks.all():
+    for mark in marks_of(served).all():
         mark.check()
     served.part("runs_compare").click()
     compared, rows = served.part("comparison"), page.locator(".ltr-table tbody tr")
@@ -97,6 +109,10 @@ def test_a_sweep_is_queued_and_runs_are_compared_used_again_and_deleted(served: 
     rows.filter(has_text="best").get_by_role("button", name="Use these settings").click()
     expect(served.part("learning_rate").locator("input").first).to_have_value("0.0003")
 
+
+def test_a_sweep_is_queued_once(served: ServedPage, tmp_path: Path) -> None:
+    page = served.page
+    page.get_by_text("2 Train", exact=True).click()
     for name, value in (("output_name", "zorbi"), ("train_data_dir", str(images(tmp_path / "data")))):
         served.part(name).locator("textarea, input").first.fill(value)
     expect(served.part("summary").first).to_contain_text("3 pictures")
@@ -116,9 +132,10 @@ def test_a_sweep_is_queued_and_runs_are_compared_used_again_and_deleted(served: 
     expect(served.part("answer").first).to_have_text("")
     assert {entry.sweep.name for entry in queue_for(served.host, served.runner).entries()} == {"zorbi"}
 
-    page.get_by_text("3 Results", exact=True).click()
-    for mark in marks.all()[1:]:
-        mark.uncheck()
+
+def test_a_run_is_deleted_with_its_lora_by_the_keyboard_too(listed: ServedPage) -> None:
+    served, page, marks = listed, listed.page, marks_of(listed)
+    marks.first.check()
     served.part("runs_delete").click()
     asking = page.get_by_role("alertdialog", name=re.compile(r"^Delete 1 run .*MB are freed"))
     loras = asking.get_by_role("checkbox")

@@ -62,6 +62,7 @@ class CheckPlan:
     precision: str
     seconds: float = SECONDS
     only: tuple[str, ...] = ()
+    rank: int = 16
 
     @property
     def steps(self) -> int:
@@ -161,7 +162,7 @@ class Checks:
         found = {}
         for name, settings in (PLANS | ON_GPU if self.cuda else PLANS).items():
             predicted = planned(self._host(case).outline().tensors, case, settings=settings, device_type=self.plan.device.type,
-                                precision=self.plan.precision, rank=16)
+                                precision=self.plan.precision, rank=self.plan.rank)
             found[name] = {"predicted": predicted.bytes - CONTEXT, "allocated": _bytes(self._run(case, settings, steps=5))}
         errors = {name: one["predicted"] / one["allocated"] - 1 for name, one in found.items() if one["allocated"]}
         return {"bytes": found, "errors": errors, "ok": all(-0.05 < error < 0.25 for error in errors.values())}
@@ -218,7 +219,7 @@ class Checks:
     def _run(self, case: Case, settings: Mapping[str, Value], *, steps: int = 0, host: RandomHost | None = None) -> Measured:
         plan = self.plan
         self._clean()
-        shared = shared_settings(case, rank=16, precision=plan.precision)
+        shared = shared_settings(case, rank=plan.rank, precision=plan.precision)
         if plan.small:
             shared |= {"min_bucket_reso": 64}
         steps = min(steps, plan.steps) or plan.steps

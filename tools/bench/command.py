@@ -291,17 +291,17 @@ def _check_against(chosen: argparse.Namespace) -> None:
 def run_check(chosen: argparse.Namespace) -> int:
     """`bench check`; returns the exit code."""
     from tools.bench import check
-
     device = device_of(chosen)
     plan = check.CheckPlan(chosen.out, device, small=_is_small(chosen, device), precision=_precision(chosen, device),
-                           seconds=chosen.seconds, only=tuple(chosen.only))
+                           seconds=chosen.seconds, only=tuple(chosen.only), rank=chosen.rank)
     names = check.Checks(plan).by_name
     if unknown := sorted(set(chosen.only) - names.keys()):
         raise SettingError(f"There is no check called {unknown[0]}", remedy=f"choose of {'; '.join(names)}")
     if chosen.in_this_process:
         return check.check_here(plan, say=_say)
     own = (sys.executable, str(Path(__file__).parent), "check", "--out", str(chosen.out), "--device", device.type,
-           "--size", "small" if plan.small else "true", "--precision", plan.precision, "--threads", str(chosen.threads))
+           "--size", "small" if plan.small else "true", "--precision", plan.precision, "--threads", str(chosen.threads),
+           "--rank", str(chosen.rank))
     return _done(check.run_check(plan, command=own), chosen)
 
 

@@ -15,14 +15,11 @@ from pathlib import Path
 
 import torch
 
-from lib_lora_train import events
 from lib_lora_train.adapters.file import load
 from lib_lora_train.errors import translated
 from lib_lora_train.host.port import Host
-from lib_lora_train.run.job import run_job
-from lib_lora_train.run.planning import plan_job
 from lib_lora_train.settings import parse
-from tools.bench.rates import Figures, spread
+from tools.bench.rates import Figures, held_out_share, spread
 from tools.bench.recommend import DATA, SETTINGS, TRIGGERS
 from tools.bench.report import grid as table
 from tools.bench.report import write_report
@@ -61,21 +58,9 @@ def _loss(plan: EightBitsPlan, host: Host, case: str, seed: int, kind: str) -> f
     shared = {**SETTINGS, **plan.changes, "seed": seed, "trigger_word": TRIGGERS[case], "train_data_dir": str(DATA[case]),
               "save_every_n_epochs": 0}
     name = _name(case, seed, kind)
-    _measured(parse({**shared, "output_name": name, "base_weights": kind, "max_train_steps": plan.steps}), host)
-    measured = _measured(parse({**shared, "output_name": f"{name}-measured", "network_weights": str(_file(host, name)),
-                                "max_train_steps": 1, "learning_rate": 1e-12}), host)
-    return sum(measured.held_out) / sum(measured.unadapted_held_out)
-
-
-def _measured(settings: object, host: Host) -> events.Measured:
-    found: list[events.Measured] = []
-
-    def report(event: events.Event) -> None:
-        if isinstance(event, events.Measured):
-            found.append(event)
-
-    run_job(plan_job(settings, host), host, report=report, stop=lambda: "")
-    return found[-1]
+    held_out_share(parse({**shared, "output_name": name, "base_weights": kind, "max_train_steps": plan.steps}), host)
+    return held_out_share(parse({**shared, "output_name": f"{name}-measured", "network_weights": str(_file(host, name)),
+                                 "max_train_steps": 1, "learning_rate": 1e-12}), host)
 
 
 def _name(case: str, seed: int, kind: str) -> str:

@@ -81,8 +81,12 @@ def _settings(plan: RatesPlan, case: str, seed: int, changes: Mapping[str, objec
 
 def _loss(plan: RatesPlan, host: Host, case: str, seed: int, rate: float) -> float:
     """The loss on held-out pictures after the run, as a share of the base model's."""
-    settings = _settings(plan, case, seed, {"learning_rate": rate, "max_train_steps": plan.steps,
-                                            "validate_every_n_steps": plan.steps})
+    return held_out_share(_settings(plan, case, seed, {"learning_rate": rate, "max_train_steps": plan.steps,
+                                                       "validate_every_n_steps": plan.steps}), host)
+
+
+def held_out_share(settings: Settings, host: Host) -> float:
+    """The loss on held-out pictures at the end of a run with these settings, as a share of the base model's."""
     measured: list[events.Measured] = []
 
     def report(event: events.Event) -> None:

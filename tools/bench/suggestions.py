@@ -13,16 +13,13 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
-from lib_lora_train import events
 from lib_lora_train.errors import translated
 from lib_lora_train.host.port import Host
-from lib_lora_train.run.job import run_job
-from lib_lora_train.run.planning import plan_job
 from lib_lora_train.run.rate_finder import find_rate, plan_finder
 from lib_lora_train.run.record import RunRecord, new_folder
 from lib_lora_train.run.suggestions import suggestions_for
 from lib_lora_train.settings import parse
-from tools.bench.rates import Figures, spread
+from tools.bench.rates import Figures, held_out_share, spread
 from tools.bench.recommend import DATA, TRIGGERS, RecommendPlan, Yardstick
 from tools.bench.report import grid as table
 from tools.bench.report import write_report
@@ -71,14 +68,7 @@ def _loss(plan: SuggestionsPlan, host: Host, case: str, seed: int, kind: str) ->
         _look_for_rate({**chosen, "seed": seed, "output_name": f"{case}-{seed}"}, host)
         chosen |= _suggested(untouched, host, case)
     chosen |= {**_QUIET, "seed": seed, "output_name": _file(host, case, seed, kind).stem, **plan.changes}
-    measured: list[events.Measured] = []
-
-    def report(event: events.Event) -> None:
-        if isinstance(event, events.Measured):
-            measured.append(event)
-
-    run_job(plan_job(parse(chosen), host), host, report=report, stop=lambda: "")
-    return sum(measured[-1].held_out) / sum(measured[-1].unadapted_held_out)
+    return held_out_share(parse(chosen), host)
 
 
 def _suggested(values: Mapping[str, object], host: Host, case: str) -> dict[str, object]:

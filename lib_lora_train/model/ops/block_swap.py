@@ -151,7 +151,6 @@ class BlockSwap:
         self._copies = copies or (CudaCopies(device) if device.type == "cuda" else PlainCopies())
         self._stored: list[dict[str, Weight]] = [{} for _ in blocks]
         self._slots: list[_Slot] = []  # the one that is computed with comes first
-        self._forwards = True
 
     def placed(self, name: str, weight: Weight) -> Weight:
         """The UNet's weight of this local name as it is computed with: a kernel of the blocks as a `Swapped`, anything else
@@ -199,11 +198,8 @@ class BlockSwap:
             self._load(self._slots[1], block)
         self._slots.reverse()
         self._copies.wait(self._slots[0].copied)
-        if before is not None:
-            self._forwards = block > before
-        following = block + (1 if self._forwards else -1)
-        if not 0 <= following < len(self._stored):
-            following = block + (-1 if self._forwards else 1)
+        direction = 1 if before is None or block > before else -1
+        following = block + direction if 0 <= block + direction < len(self._stored) else block - direction
         if 0 <= following < len(self._stored) and following != self._slots[1].block:
             self._load(self._slots[1], following)
 
