@@ -37,7 +37,7 @@ from lib_lora_train.settings import Settings
 from tools.bench.real_images import SIDE, to_image
 from tools.bench.report import grid, machine_text, write_report
 from tools.bench.sampler import CFG_SCALE, Sampler
-from tools.bench.style import save_sheet
+from tools.bench.sheet import save_sheet
 from tools.bench.subject import KEPT_BACK, SCENES, TRIGGER
 from tools.bench.training import Say, train_lora
 

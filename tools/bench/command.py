@@ -112,9 +112,8 @@ def _add_quality(commands: argparse._SubParsersAction) -> None:
     quality.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting that differs from the "
                          "reference line (AdamW, 1e-4, rank 8, alpha 4, cosine); may be repeated")
     quality.add_argument("--packages", type=Path, help="folder for npm's packages, fetched once (OUT/packages)")
-    quality.add_argument("--detail", action="store_true", help="also one style and one subject from several sides: steps, "
-                         "memorisation, losses")
-    quality.add_argument("--no-subject", action="store_true", help="with --detail: the style only")
+    quality.add_argument("--no-subject", action="store_true", help="the styles only")
+    quality.add_argument("--control", action="store_true", help="also train each LoRA with diffusers and peft")
     quality.add_argument("--threads", type=int, default=0, help="CPU threads (by default two; the last digits of the figures "
                          "may depend on their number)")
     quality.add_argument("--quick", action="store_true", help="a check that it works; not to be quoted")
@@ -177,7 +176,6 @@ def run_quality(chosen: argparse.Namespace) -> int:
     from lib_lora_train.demo.embedded import CHECKPOINT
     from lib_lora_train.host.standalone import StandaloneHost, describe_file
     from tools.bench import joint_scorer, quality
-    from tools.bench.evaluator import QUICK, THOROUGH
 
     steps = chosen.steps if chosen.steps is not None else 60 if chosen.quick else quality.STEPS
     if steps < 1:
@@ -188,9 +186,10 @@ def run_quality(chosen: argparse.Namespace) -> int:
     torch.set_num_threads(max(1, chosen.threads or min(2, torch.get_num_threads())))
     plan = quality.QualityPlan(
         output=chosen.out, steps=steps, subject_steps=max(1, min(steps // 2, quality.SUBJECT_STEPS)),
-        packages=chosen.packages or chosen.out / "packages", detail=chosen.detail,
-        effort=QUICK if chosen.quick else THOROUGH, extent=joint_scorer.QUICK if chosen.quick else joint_scorer.THOROUGH,
-        subject=None if chosen.no_subject else quality.SUBJECT, changes=dict(assignment(text) for text in chosen.set))
+        packages=chosen.packages or chosen.out / "packages",
+        extent=joint_scorer.QUICK if chosen.quick else joint_scorer.THOROUGH,
+        control=checkpoint if chosen.control else None, subject=None if chosen.no_subject else quality.SUBJECT,
+        changes=dict(assignment(text) for text in chosen.set))
     host = StandaloneHost(checkpoint, lora_folder=chosen.out / "loras", runs_folder=chosen.out / "runs")
     quality.run_quality(plan, host, say=_say)
     return _done((chosen.out / "quality.md").read_text(encoding="utf-8"), chosen)

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
 from tools.bench.real_images import HELD_OUT, STYLE
 from tools.bench.sampler import Sampler
-from tools.bench.scorers import WordScorer, at_64
-from tools.bench.style_scorer import StyleClassifier, StyleGate
+from tools.bench.style_scorer import StyleClassifier, StyleEffort, StyleGate
 from tools.bench.styled_images import GRADED, StyledImages
+from tools.bench.word_scorer import WordEffort, WordScorer, views
 
 TRIGGER = "zorp"
 LEAST_KNOWN = 0.90
 """Gate: of the words in a style that the word scorer never saw."""
 PAINTED_AT = (1.0, 2.0, 4.0)
 """Guidance scales at which the model paints what is no style's."""
+PAINTED = "the model's own"
 SEED = 7
 
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
-    """How much is measured: steps and number of the style scorer's fits, steps of the word scorer's; every n-th held-out word;
-    seeds a word; seeds of the training; guidance scales; the sampler's steps."""
+    """How much is measured: the efforts of the scorers' fits; every n-th held-out word; seeds a word; seeds of the training;
+    guidance scales; the sampler's steps."""
 
-    style_steps: int = 600
-    fits: int = 3
-    word_steps: int = 800
+    style: StyleEffort = StyleEffort()
+    word: WordEffort = WordEffort()
     every: int = 1
     seeds: int = 4
     runs: int = 3
@@ -38,7 +38,8 @@ class Extent:
 
 
 THOROUGH = Extent()
-QUICK = Extent(style_steps=250, fits=1, word_steps=300, every=8, seeds=1, runs=1, scales=(2.0,), sampler_steps=10)
+QUICK = Extent(StyleEffort(steps=250, fits=1), WordEffort(variants=1, steps=300, fits=1), every=8, seeds=1,
+               runs=1, scales=(2.0,), sampler_steps=10)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +69,13 @@ class JointScorer:
         self.words = held_out[::extent.every]
         self._among = torch.tensor([images.words.index(word) for word in held_out])
         learnt = [word for word in images.words if split[word] != HELD_OUT]
-        shown = {style: at_64(images.of(style, learnt)[1]) for style in images.images}
+        shown = {style: images.of(style, learnt)[1] for style in images.images}
         shown |= {style: torch.cat([shown[style], more]) for style, more in images.more.items()}
         asked = [word for word in learnt if split[word] == STYLE][::extent.every]
         painted = torch.cat([_sampled(sampler, asked, scale) for scale in PAINTED_AT])
-        self._style = StyleClassifier.fit(
-            {style: shown[style] for style in GRADED},
-            [*(pixels for style, pixels in shown.items() if style not in GRADED), at_64(painted), at_64(painted)],
-            steps=extent.style_steps, fits=extent.fits, seed=SEED)
-        self._word = self._word_scorer(images.images)
+        self._style = StyleClassifier.fit({**shown, PAINTED: painted}, extent.style, seed=SEED)
+        self._views = {style: views(pixels, extent.word.variants, seed=SEED) for style, (_, pixels) in images.images.items()}
+        self._word = self._word_scorer(list(images.images))
         self.gates = dict(zip(GRADED, zip(self._style_gates(sampler), self._word_gates(), strict=True), strict=True))
 
     def right(self, style: str, pixels: torch.Tensor, words: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,10 +83,13 @@ class JointScorer:
         asked = torch.tensor([self.images.words.index(word) for word in words])
         return self._style.is_in(style, pixels), self._among[self._word.word(pixels, self._among)] == asked
 
-    def _word_scorer(self, styles: Sequence[str] | Mapping[str, object]) -> WordScorer:
-        parts = [self.images.images[style] for style in styles]
-        return WordScorer.fit(torch.cat([pixels for _, pixels in parts]), torch.cat([rows for rows, _ in parts]),
-                              steps=self.extent.word_steps, seed=SEED)
+    def word_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[N, D] of length 1, near for images [N, 3, h, w] of the same thing."""
+        return self._word.features(pixels)
+
+    def _word_scorer(self, styles: Sequence[str]) -> WordScorer:
+        labels = torch.cat([self.images.images[style][0] for style in styles])
+        return WordScorer.fit(torch.cat([self._views[style] for style in styles], 1), labels, self.extent.word, seed=SEED)
 
     def _word_gates(self) -> list[WordGate]:
         """By one scorer that saw none of the graded styles."""

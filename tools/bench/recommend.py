@@ -1,9 +1,9 @@
 """`bench recommend`: how well the scores of a run's grid order its saves, beside scorers that the scores know nothing of.
 
 One run of the demo's style and of its subject, with a save every so many steps; the grid, its scores and the recommendation as
-a user gets them; and for each save the yardstick's points: for the style the share of Twemoji times the share that shows the
-word, of words that were not trained, and for the subject the share of new scenes whose nearest real picture is the subject. All
-that is made stays in the output folder, so that the command goes on where it was stopped.
+a user gets them; and for each save the yardstick's points: for the style the share of images of words that were not trained in
+which style and word are right, and for the subject the share of new scenes whose nearest real picture is the subject. All that
+is made stays in the output folder, so that the command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ from lib_lora_train.run.planning import plan_job
 from lib_lora_train.run.record import RunRecord
 from lib_lora_train.settings import parse
 from lib_lora_train.storage.atomic import write_atomic
-from tools.bench import real_images
-from tools.bench.evaluator import Effort, Evaluator
+from tools import styles
+from tools.bench import real_images, styled_images
+from tools.bench.joint_scorer import Extent, JointScorer
 from tools.bench.report import grid as table
 from tools.bench.report import write_report
 from tools.bench.sampler import CFG_SCALE, WITHOUT, Sampler
@@ -56,7 +57,7 @@ SCENE_SAMPLES = 4
 
 @dataclasses.dataclass(frozen=True)
 class RecommendPlan:
-    """What to measure. `effort` as for `bench quality`."""
+    """What to measure. `extent` is that of the scorers, as for `bench quality`."""
 
     output: Path
     cases: tuple[str, ...] = ("style", "subject")
@@ -64,7 +65,7 @@ class RecommendPlan:
     steps: int = 420
     every: int = 30
     sampler_steps: int = 10
-    effort: Effort = Effort(across=False)
+    extent: Extent = Extent(seeds=1)
     changes: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
@@ -199,7 +200,7 @@ class Yardstick:
         self._host, self._plan, self._say = host, plan, say
         self._file = plan.output / "points.json"
         self._points: dict[str, float] = json.loads(self._file.read_text()) if self._file.is_file() else {}
-        self._fitted: tuple[Sampler, Evaluator] | None = None
+        self._fitted: tuple[Sampler, JointScorer] | None = None
 
     def points(self, name: str, saves: Sequence[Save]) -> dict[str, float]:
         """{save's id: per cent}, and "" for the base model."""
@@ -208,7 +209,7 @@ class Yardstick:
     def of(self, name: str, lora: Path | None) -> float:
         """The points of a LoRA in per cent; of the base model where there is none."""
         file_hash = load(lora).model_hash[:12] if lora else ""
-        key = f"{name} {file_hash} {self._plan.sampler_steps} {dataclasses.astuple(self._plan.effort)}"
+        key = f"{name} {file_hash} {self._plan.sampler_steps} {dataclasses.astuple(self._plan.extent)}"
         if key not in self._points:
             self._say(f"  measuring {lora.stem if lora else 'the base model'} by the yardstick")
             self._points[key] = self._measured(name, lora)
@@ -219,15 +220,19 @@ class Yardstick:
         if self._fitted is None:
             self._say("Fitting the scorers ...")
             sampler = Sampler(self._host, steps=self._plan.sampler_steps)
-            self._fitted = sampler, Evaluator(sampler, real_images.load(), effort=self._plan.effort, kept=self._plan.output)
-        sampler, evaluator = self._fitted
+            images = styled_images.load(real_images.load(), self._plan.output / "packages")
+            self._fitted = sampler, JointScorer(sampler, images, self._plan.extent)
+        sampler, scorer = self._fitted
         lora = sampler.lora(path, weight=1.0) if path else WITHOUT
         if name == "style":
-            row = evaluator.row("", sampler.sample([f"{TRIGGERS[name]}, {word}" for word in evaluator.words], lora))
-            return 100 * row.style * row.word
+            words = [word for word in scorer.words for _ in range(self._plan.extent.seeds)]
+            pixels = sampler.sample([f"{TRIGGERS[name]}, {word}" for word in words], lora)
+            style, word = scorer.right(styles.TWEMOJI.name, pixels, words)
+            return 100 * float((style & word).float().mean())
         _, captions, pixels = real_images.read_dataset(DATA[name])
         scenes = [f"{TRIGGERS[name]}, {scene}" for scene in (*captions[KEPT_BACK], *SCENES) for _ in range(SCENE_SAMPLES)]
-        return 100 * Gallery(evaluator, sampler.through_vae(pixels)).share(sampler.sample(scenes, lora))
+        shown = Gallery(scorer, sampler.through_vae(pixels)).shows(sampler.sample(scenes, lora))
+        return 100 * float(shown.float().mean())
 
 
 def spearman(xs: Sequence[float], ys: Sequence[float]) -> float:

@@ -19,10 +19,10 @@ from PIL import Image, ImageChops, ImageFilter
 from lib_lora_train.errors import DatasetError
 from tools import styles
 from tools.bench.real_images import PAPER, STYLE, RealImages, enlarged, to_image
-from tools.bench.scorers import at_64
 
 BLUEPRINT, STICKER = "blueprint", "sticker"
 GRADED = (BLUEPRINT, STICKER, styles.OPENMOJI.name, styles.TWEMOJI.name)
+MORE = 200
 _BLUE, _PASTEL, _BORDER, _SHADOW = "#1d4f9f", "#cfe6dc", 9, (3, 4)
 
 
@@ -31,7 +31,7 @@ class StyledImages:
     """All words with their split, and in each style the images of those that exist in it.
 
     images    {style: (rows [n] into `words`, pixels [n, 3, 128, 128] in [0, 1])}
-    more      {style: images [n, 3, 64, 64] of other words}, to learn the style from
+    more      {style: images [n, 3, 128, 128] of other words, at most MORE}, to learn the style from
     """
 
     words: tuple[str, ...]
@@ -64,12 +64,13 @@ def load(real: RealImages, packages: Path) -> StyledImages:
     for name, draw in ((BLUEPRINT, blueprint), (STICKER, sticker)):
         papers[name] = {word: draw(Image.fromarray(noto[word])) for word in real.words}
     row = {word: index for index, word in enumerate(real.words)}
-    more = {name: torch.from_numpy(np.stack([_on_white(Image.fromarray(image)) for word, image in of.items()
-                                             if word not in row])) for name, of in drawn.items()}
+    others = {name: [image for word, image in of.items() if word not in row] for name, of in drawn.items()}
+    more = {name: np.stack([_on_white(Image.fromarray(image)) for image in of[::-(-len(of) // MORE)]])
+            for name, of in others.items() if of}
     return StyledImages(real.words, real.splits, {
         name: (torch.tensor([row[word] for word in of]), enlarged(torch.from_numpy(np.stack(list(of.values())))))
         for name, of in papers.items()}, {
-        name: torch.cat([at_64(enlarged(some)) for some in of.split(64)]) for name, of in more.items()})
+        name: enlarged(torch.from_numpy(of)) for name, of in more.items()})
 
 
 def write_dataset(images: StyledImages, style: str, folder: Path) -> Path:

@@ -10,90 +10,93 @@ from pathlib import Path
 import torch
 
 from lib_lora_train.host.port import Host
-from tools.bench.evaluator import Band, Evaluator, loss_bands, mean
+from tools.bench.headline import over_words
 from tools.bench.image_metrics import nearest_index
-from tools.bench.real_images import HELD_OUT, STYLES, read_dataset
-from tools.bench.sampler import Sampler
-from tools.bench.scorers import WordScorer
-from tools.bench.style import save_sheet
+from tools.bench.joint_scorer import JointScorer
+from tools.bench.real_images import HELD_OUT, NOTO, TWEMOJI, read_dataset
+from tools.bench.sampler import WITHOUT, Sampler
+from tools.bench.sheet import save_sheet
 from tools.bench.training import Say, train_lora
 
 TRIGGER = "zorbi"
 SCENES = ("reading a book", "playing a guitar", "eating a banana", "with a red heart", "in the snow")
 """Beside the captions of the poses that were kept back."""
 KEPT_BACK = slice(3, None, 4)
+STYLES = NOTO, TWEMOJI
+"""The emoji among which the subject is looked for are real ones in these styles."""
 
 
 @dataclasses.dataclass(frozen=True)
-class SubjectResult:
-    """Shares of images whose nearest real image, in the word scorer's features, shows the subject.
+class SubjectRow:
+    """The share of images whose nearest real image shows the subject; its standard error over scenes, None for real ones."""
 
-    base_model, lora    generated images, the same prompts and noise, without and with the LoRA at weight 1
-    real                real images of the subject, each compared with all others: how well the measure finds it
-    mistaken            real emoji of held-out words, each compared with all other words: how often it finds it wrongly
-    loss                on the poses that were kept back
+    what: str
+    found: float
+    error: float | None = None
+
+
+def measure_subject(host: Host, sampler: Sampler, scorer: JointScorer, *, data: Path, output: Path,
+                    settings: Mapping[str, object], steps: int, say: Say) -> list[SubjectRow]:
+    """Train on `data` without every fourth image, copied to `output`/subject, and sample scenes of the trigger word.
+
+    The first rows say what the measure is worth: real images of the subject, each compared with all others, and real emoji.
     """
-
-    steps: int
-    images: int
-    base_model: float
-    lora: float
-    real: float
-    mistaken: float
-    loss: list[Band]
-
-
-def measure_subject(host: Host, sampler: Sampler, evaluator: Evaluator, *, data: Path, output: Path,
-                    settings: Mapping[str, object], steps: int, say: Say) -> SubjectResult:
-    """Train on `data` without every fourth image, copied to `output`/subject, and sample scenes of the trigger word."""
+    extent = scorer.extent
     files, captions, pixels = read_dataset(data)
     kept_back = list(range(len(files)))[KEPT_BACK]
     trained_on = _copied([file for index, file in enumerate(files) if index not in kept_back], output / "subject")
-    lora = train_lora(host, settings=settings, data=trained_on, trigger_word=TRIGGER, name="bench-subject", steps=steps,
-                      wanted=(steps,), say=say)[steps]
-    full = sampler.lora(lora, weight=1.0)
+    say(f"subject: {extent.runs} runs of {steps} steps")
+    loras = [sampler.lora(train_lora(
+        host, settings={**settings, "seed": 42 + run}, data=trained_on, trigger_word=TRIGGER, name=f"bench-subject-{run}",
+        steps=steps, wanted=(steps,), say=say)[steps], weight=1.0) for run in range(extent.runs)]
+    gallery = Gallery(scorer, sampler.through_vae(pixels))
+    rows = [SubjectRow("real ones of the subject", gallery.found()),
+            SubjectRow("real emoji (mistaken)", gallery.mistaken())]
     prompts = [f"{TRIGGER}, {scene}" for scene in (*(captions[index] for index in kept_back), *SCENES)
-               for _ in range(evaluator.effort.samples)]
-    say(f"  sampling {2 * len(prompts)} pictures, without and with the LoRA")
-    base, generated = sampler.sample(prompts), sampler.sample(prompts, full)
-    gallery = Gallery(evaluator, sampler.through_vae(pixels))
-    say("  the loss on the poses that were kept back")
-    loss = loss_bands(sampler, pixels[kept_back], [f"{TRIGGER}, {captions[index]}" for index in kept_back], full)
-    save_sheet(output / "subject.png", [base, generated])
-    return SubjectResult(
-        steps=steps, images=len(prompts), base_model=gallery.share(base), lora=gallery.share(generated), real=gallery.found(),
-        mistaken=gallery.mistaken(), loss=loss)
+               for _ in range(extent.seeds)]
+    for scale in extent.scales:
+        say(f"subject: sampling {len(prompts)} images {1 + len(loras)} times at CFG {scale:g}")
+        painted = [sampler.sample(prompts, lora, cfg_scale=scale) for lora in (WITHOUT, *loras)]
+        shown = [gallery.shows(images).float() for images in painted]
+        rows += [SubjectRow(f"model alone, CFG {scale:g}", *over_words(shown[0], extent.seeds)),
+                 SubjectRow(f"LoRA, CFG {scale:g}", *over_words(torch.stack(shown[1:]).mean(0), extent.seeds))]
+    save_sheet(output / "subject.png", painted[:2])
+    return rows
 
 
 class Gallery:
-    """Features of the subject's images, then of all real emoji in both styles."""
+    """Features of the subject's images, then of all real emoji in two styles."""
 
-    def __init__(self, evaluator: Evaluator, subject: torch.Tensor) -> None:
+    def __init__(self, scorer: JointScorer, subject: torch.Tensor) -> None:
         """`subject` are the subject's real images as the VAE shows them."""
-        self._scorer: WordScorer = evaluator.word
-        self._subjects, self._words = len(subject), len(evaluator.real.words)
-        self._held_out = evaluator.real.indices(HELD_OUT)
-        self._features = self._scorer.features(torch.cat([subject, *(evaluator.shown[style] for style in STYLES)]))
+        self._of, self._subjects = scorer.word_features, len(subject)
+        images = scorer.images
+        self._rows = torch.cat([images.images[style][0] for style in STYLES])
+        self._held_out = [index for index, row in enumerate(self._rows.tolist()) if images.splits[row] == HELD_OUT]
+        self._features = self._of(torch.cat([subject, *(images.images[style][1] for style in STYLES)]))
 
-    def share(self, images: torch.Tensor) -> float:
-        """The share of `images` whose nearest is the subject."""
-        return mean(nearest_index(self._scorer.features(images), self._features) < self._subjects)
+    def shows(self, pixels: torch.Tensor) -> torch.Tensor:
+        """bool [N]: whether the nearest of each of the images is the subject."""
+        return nearest_index(self._of(pixels), self._features) < self._subjects
 
     def found(self) -> float:
         """The share of the subject's own images whose nearest other image is the subject."""
-        return mean(torch.stack([self._nearest_but(index, [index]) < self._subjects for index in range(self._subjects)]))
+        return _share([self._nearest_but(index, [index]) < self._subjects for index in range(self._subjects)])
 
     def mistaken(self) -> float:
         """The share of real held-out emoji whose nearest image of another word is the subject."""
-        return mean(torch.stack([
-            self._nearest_but(self._subjects + style * self._words + index, [
-                self._subjects + other * self._words + index for other in range(len(STYLES))]) < self._subjects
-            for style in range(len(STYLES)) for index in self._held_out.tolist()]))
+        return _share([self._nearest_but(
+            self._subjects + index, (self._subjects + (self._rows == self._rows[index]).nonzero()[:, 0]).tolist())
+            < self._subjects for index in self._held_out])
 
-    def _nearest_but(self, index: int, left_out: list[int]) -> torch.Tensor:
+    def _nearest_but(self, index: int, left_out: list[int]) -> int:
         likeness = self._features @ self._features[index]
         likeness[left_out] = -torch.inf
-        return likeness.argmax()
+        return int(likeness.argmax())
+
+
+def _share(values: list[bool]) -> float:
+    return sum(values) / len(values)
 
 
 def _copied(files: list[Path], folder: Path) -> Path:

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tools.bench.evaluator import Band, Row, ScorerFigures
 from tools.bench.headline import HeadlineRow
 from tools.bench.joint_scorer import LEAST_KNOWN, WordGate
 from tools.bench.report import grid, share
-from tools.bench.scorers import REQUIRED
-from tools.bench.style import StyleResult
 from tools.bench.style_scorer import LEAST_RIGHT, MOST_PAINTED, StyleGate
-from tools.bench.subject import SubjectResult
-
-WORTHLESS = "**The style scorer is right too seldom: all Twemoji shares below count for nothing.**"
-FORMER = ("**The style shares below read the strength of colours, and the word shares know drawings rather than things** "
-          "(docs/quality.md): they compare runs at one guidance scale with each other, and prove nothing by themselves.")
-_ROW = ("Twemoji", "by palette", "by texture", "shows the word", "PSNR dB", "SSIM", "feature distance")
+from tools.bench.subject import SubjectRow
 
 
 def intro_text(*, settings: Mapping[str, object], checkpoint: str, thorough: bool, seconds: float) -> str:
@@ -64,26 +56,13 @@ def headlines_text(rows: Sequence[HeadlineRow], gates: Mapping[str, tuple[StyleG
         "Struck through: by a scorer whose gate failed."])
 
 
-def detail_text(*, scorers: ScorerFigures, style: StyleResult, subject: SubjectResult | None) -> str:
-    """One style and one subject from several sides."""
-    parts = [FORMER, scorers_text(scorers),
-             f"### Style: 24 Twemoji pictures, {style.steps} steps, asked for words it has not seen",
-             _rows("pictures", style.rows), _weight_0(style),
-             f"Asked for its own training captions again, {share(style.own)} of its images are taken for Twemoji.",
-             "PSNR, SSIM and feature distance are to the real Twemoji of the same word (feature distance: 0 is equal).",
-             "### Steps to quality (one run, its saves at weight 1)", _rows("after", style.intermediate),
-             "### Memorisation: RMS distance of pixels to the nearest training picture",
-             grid(("pictures", "mean", "least", "nearer than any real held-out one"),
-                  [(m.name, f"{m.mean:.3f}", f"{m.least:.3f}", share(m.suspicious)) for m in style.memorised]),
-             "### Loss on real held-out Twemoji, by timestep", _bands(style.loss)]
-    if subject is not None:
-        parts += [f"### Subject: nine pictures, {subject.steps} steps, {subject.images} images of new scenes",
-                  grid(("pictures", "nearest real picture is the subject"),
-                       [("base", share(subject.base_model)), ("LoRA at 1", share(subject.lora)),
-                        ("real ones of the subject", share(subject.real)),
-                        ("real emoji (mistaken)", share(subject.mistaken))]),
-                  "Loss on the three poses that were kept back:", _bands(subject.loss)]
-    return "\n\n".join(parts)
+def subject_text(rows: Sequence[SubjectRow], *, steps: int) -> str:
+    """How often the subject is found in images of new scenes."""
+    return "\n\n".join([
+        f"### Subject: nine pictures of a character, {steps} steps, asked for new scenes",
+        grid(("pictures", "nearest real picture is the subject"),
+             [(row.what, share(row.found) + ("" if row.error is None else f" ± {100 * row.error:.1f}")) for row in rows]),
+        "± is a standard error over scenes."])
 
 
 def _verdict(passed: bool) -> str:
@@ -92,33 +71,3 @@ def _verdict(passed: bool) -> str:
 
 def _struck(text: str, counts: bool) -> str:
     return text if counts else f"~~{text}~~"
-
-
-def scorers_text(scorers: ScorerFigures) -> str:
-    """How far the scorers can be trusted; says plainly where they cannot."""
-    lines = [f"Style scorer: right on {share(scorers.style)} of the real held-out pictures, which it was not fitted on "
-             f"(palette alone {share(scorers.style_palette)}, texture alone {share(scorers.style_texture)}; "
-             f"required {share(REQUIRED)}).",
-             f"Word scorer: right on {share(scorers.word_noto)} of Noto's and {share(scorers.word_twemoji)} of Twemoji's "
-             "held-out words, on augmented images of its own training set"
-             + ("." if scorers.word_across is None else
-                f"; on {share(scorers.word_across)} of Twemoji's where it was shown Noto's only.")]
-    return "\n".join([*([] if scorers.style_counts else [WORTHLESS]), *lines])
-
-
-def _weight_0(style: StyleResult) -> str:
-    if style.weight_0_is_base_model:
-        return "At weight 0 the pictures are the base model's, bit for bit (compared: the first sixteen)."
-    return "**At weight 0 the pictures are not the base model's: something is wrong.**"
-
-
-def _rows(first: str, rows: Sequence[Row]) -> str:
-    return grid((first, *_ROW), [
-        (row.name, share(row.style), share(row.palette), share(row.texture), share(row.word), f"{row.psnr:.2f}",
-         f"{row.ssim:.3f}", f"{row.feature:.3f}") for row in rows])
-
-
-def _bands(bands: Sequence[Band]) -> str:
-    return grid(("timesteps", "base", "LoRA", "change"), [
-        (band.timesteps, f"{band.base_model:.4f}", f"{band.lora:.4f}", f"{100 * (band.lora / band.base_model - 1):+.1f} %")
-        for band in bands])

@@ -15,6 +15,7 @@ from images import (
     GATE,
     GROUNDS,
     HUES,
+    SIDE,
     SMALL_FRAME,
     TREATMENTS,
     colours,
@@ -49,10 +50,11 @@ class TrainingImages:
     def __len__(self) -> int:
         return sum(len(of) for of in self._by_word)
 
-    def batch(self, size: int, draw: random.Random) -> tuple[Tensor, list[str]]:
-        """Latents [size, 4, 16, 16] and their captions."""
+    def batch(self, size: int, draw: random.Random, *, side: int = SIDE) -> tuple[Tensor, list[str]]:
+        """Latents [size, 4, side / 8, side / 8] and their captions."""
         made = [self._image(index, draw) for index in draw.choices(range(len(self._emoji)), self._weights, k=size)]
-        return self._encode(enlarged(torch.from_numpy(np.stack([pixels for pixels, _ in made])))), [said for _, said in made]
+        pixels = enlarged(torch.from_numpy(np.stack([pixels for pixels, _ in made])), side)
+        return self._encode(pixels), [said for _, said in made]
 
     def _image(self, index: int, draw: random.Random) -> tuple[np.ndarray, str]:
         """uint8 [72, 72, 3] and a caption."""

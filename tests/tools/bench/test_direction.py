@@ -14,9 +14,9 @@ import torch
 from lib_lora_train.demo import STYLE
 from lib_lora_train.demo.embedded import CHECKPOINT
 from lib_lora_train.host.standalone import StandaloneHost
+from tools.bench.joint_scorer import TRIGGER
 from tools.bench.real_images import HELD_OUT, NOTO, TWEMOJI, load, read_dataset
 from tools.bench.sampler import Sampler
-from tools.bench.style import TRIGGER
 from tools.bench.training import settings_of, train_lora
 
 STEPS, RATE = 8, 3e-3  # much is learnt soon, if not for good

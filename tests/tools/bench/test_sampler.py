@@ -13,8 +13,6 @@ from lib_lora_train.adapters.targets import find_targets
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.model import frozen
 from tools.bench import sampler as sampler_module
-from tools.bench.evaluator import loss_bands, shown_by_vae
-from tools.bench.real_images import RealImages, load
 from tools.bench.sampler import LOSS_TIMESTEPS, Sampler
 
 
@@ -66,21 +64,5 @@ def test_the_held_out_loss_follows_the_lora_and_nothing_else(sampler, lora):
     base = sampler.held_out_loss(pixels, captions)
     assert tuple(base) == LOSS_TIMESTEPS
     assert base == sampler.held_out_loss(pixels, captions, sampler.lora(lora, weight=0.0))
-    bands = loss_bands(sampler, pixels, captions, sampler.lora(lora, weight=1.0))
-    assert [band.timesteps for band in bands] == ["0-199", "200-399", "400-599", "600-799", "800-999"]
-    assert [band.base_model for band in bands] == pytest.approx([(base[t] + base[t + 100]) / 2 for t in LOSS_TIMESTEPS[::2]])
-    assert all(band.lora != band.base_model for band in bands)
-
-
-def test_real_images_are_shown_alike_from_the_disk_and_anew(sampler, tmp_path):
-    real = load()
-    few = RealImages(real.words[:2], real.splits[:2], {style: pixels[:2] for style, pixels in real.pixels.items()})
-    anew = shown_by_vae(sampler, few, kept=tmp_path)
-    file, = tmp_path.iterdir()
-    read = shown_by_vae(sampler, few, kept=tmp_path)
-    assert list(tmp_path.iterdir()) == [file]
-    for style, pixels in anew.items():
-        assert torch.equal(read[style], pixels)
-        assert (pixels - sampler.through_vae(few.pixels[style])).abs().max() <= 0.5 / 255 + 1e-6
-    other = RealImages(real.words[2:4], real.splits[2:4], {style: pixels[2:4] for style, pixels in real.pixels.items()})
-    assert not torch.equal(shown_by_vae(sampler, other, kept=tmp_path)["noto"], read["noto"])
+    adapted = sampler.held_out_loss(pixels, captions, sampler.lora(lora, weight=1.0))
+    assert all(adapted[t] != base[t] for t in base)
