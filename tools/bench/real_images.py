@@ -48,14 +48,6 @@ class RealImages:
         """[n, 3, 128, 128] in [0, 1]: the images of one split in one style."""
         return self.pixels[style][self.indices(split)]
 
-    def thinned(self, others: int) -> RealImages:
-        """With every n-th of the "other" words only."""
-        if others == 1:
-            return self
-        kept = torch.cat([self.indices(STYLE, HELD_OUT), self.indices(OTHER)[::others]]).tolist()
-        return RealImages(tuple(self.words[index] for index in kept), tuple(self.splits[index] for index in kept),
-                            {style: pixels[kept] for style, pixels in self.pixels.items()})
-
 
 def load(folder: Path = FOLDER) -> RealImages:
     """The sheets noto.png and twemoji.png (tiles of 64 pixels, 16 in a row) and words.json, which lie in `folder`."""

@@ -39,16 +39,6 @@ def settings_of(changes: Mapping[str, object]) -> dict[str, object]:
     return chosen
 
 
-def measured_steps(steps: int) -> tuple[int, ...]:
-    """The steps at which the LoRA is scored: 50, 100, 200, 400, … and the last; halves of it where it is below 100."""
-    first = 50 if steps > 50 else max(1, steps // 2)
-    found = []
-    while first < steps:
-        found.append(first)
-        first *= 2
-    return (*found, steps)
-
-
 def run_training(settings: Mapping[str, object], host: Host, *, report: events.Report,
                  stop: Stop = lambda: "") -> events.Finished:
     """One ordinary run, on all of the given images and without measurements and samples unless `settings` name them; raises

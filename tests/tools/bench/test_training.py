@@ -1,11 +1,11 @@
-"""What the benchmark trains: the reference line, changes to it, and the steps at which it looks."""
+"""What the benchmark trains: the reference line, and changes to it."""
 
 from __future__ import annotations
 
 import pytest
 
 from lib_lora_train.errors import SettingError
-from tools.bench.training import FIXED, measured_steps, settings_of
+from tools.bench.training import FIXED, settings_of
 
 
 def test_the_reference_line_is_the_one_that_methods_are_compared_with():
@@ -31,9 +31,3 @@ def test_what_the_benchmark_sets_itself_cannot_be_set(name):
 def test_settings_are_checked_before_anything_is_done(changes):
     with pytest.raises(SettingError):
         settings_of(changes)
-
-
-@pytest.mark.parametrize("steps, expected", [
-    (800, (50, 100, 200, 400, 800)), (500, (50, 100, 200, 400, 500)), (60, (50, 60)), (50, (25, 50)), (2, (1, 2)), (1, (1,))])
-def test_quality_is_looked_at_after_50_steps_and_each_time_they_have_doubled(steps, expected):
-    assert measured_steps(steps) == expected
