@@ -2,6 +2,14 @@
 (function(studio) {
     "use strict";
     const TAKEN = "image/*,.png,.jpg,.jpeg,.webp,.bmp,.gif,.tif,.tiff,.zip,.txt,.caption,.json,.jsonl", UPLOADS = 3, MOST_SAID = 5;
+    // Sets of pictures that come with the extension: what the server calls each, and the dataset that is made of it.
+    const SAMPLES = [{
+        set: "style", name: "twemoji style", trigger: "twemoji", words: "24 emoji in one style",
+        help: "Twemoji (CC BY 4.0), with captions",
+    }, {
+        set: "subject", name: "zorbi", trigger: "zorbi", words: "12 drawings of a character",
+        help: "A drawn creature in twelve scenes, with captions",
+    }];
     const GALLERIES = ["txt2img_gallery", "img2img_gallery"];
 
     /** The files in what was dropped, folders opened: [[file, "folder/in it"]]. A folder's name says what its pictures are. */
@@ -52,14 +60,14 @@
     function adding(app) {
         const {once, translated} = studio.parts;
 
-        /** A dataset of that name, or of a similar one where it is taken. */
-        async function ensureDataset(wished) {
+        /** A dataset of that name, or of a similar one where it is taken. What was written in the fields goes first. */
+        async function ensureDataset(wished, trigger = "") {
             if (app.dataset()) return;
             const taken = new Set(app.view.state.datasets.map(({name}) => name.toLowerCase()));
             const first = app.newName || wished;
             let name = first;
             for (let number = 2; taken.has(name.toLowerCase()); number++) name = first + " " + number;
-            await app.move(() => app.api.ask("create", {name, concept: app.newTrigger || app.newName || ""}));
+            await app.move(() => app.api.ask("create", {name, concept: app.newTrigger || trigger || app.newName || ""}));
         }
 
         /** Pictures that came in are looked at before anything else is done to them. */
@@ -106,17 +114,24 @@
             }
         }
 
-        async function fromPath(path) {
-            const clean = path.trim().replace(/^["']|["']$/g, "");
-            if (!clean) return app.say(translated("Write the path of a folder, a picture or a zip file."), true);
+        /** Have the server bring in what lies there; `name` and `trigger` are for a new dataset. */
+        async function fromServer(path, body, name, trigger) {
             try {
-                const parts = clean.split(/[\\/]/).filter(Boolean);
-                await ensureDataset((parts[parts.length - 1] || "pictures").replace(/\.zip$/i, ""));
+                await ensureDataset(name, trigger);
             } catch (error) {
                 return app.say(error.message, true);
             }
-            return importing("import", {paths: [clean]});
+            return importing(path, body);
         }
+
+        async function fromPath(path) {
+            const clean = path.trim().replace(/^["']|["']$/g, "");
+            if (!clean) return app.say(translated("Write the path of a folder, a picture or a zip file."), true);
+            const parts = clean.split(/[\\/]/).filter(Boolean);
+            return fromServer("import", {paths: [clean]}, (parts[parts.length - 1] || "pictures").replace(/\.zip$/i, ""));
+        }
+
+        const fromSamples = ({set, name, trigger}) => fromServer("import-samples", {name: set}, name, trigger);
 
         async function fromGenerations() {
             const addresses = lastGenerations();
@@ -132,10 +147,12 @@
             }
         }
 
-        return {upload, fromPath: once(fromPath), fromGenerations: once(fromGenerations)};
+        return {
+            upload, fromPath: once(fromPath), fromGenerations: once(fromGenerations), fromSamples: once(fromSamples),
+        };
     }
 
-    /** The place to drop pictures on, with the other ways below it. */
+    /** The place to drop pictures on, with the other ways below it; sample pictures only while there are none. */
     function dropPlace(app) {
         const {make, button, textBox, icon, translated} = studio.parts;
         const picker = make("input", {
@@ -169,7 +186,16 @@
                 drawn: "picture", id: "lora_train_generations", title: "The pictures that txt2img and img2img show",
             }));
         }
-        return make("div", {class: "lts-adding"}, place, others);
+        const samples = make("div", {
+            class: "lts-line lts-go", role: "group", "aria-label": translated("Try with sample pictures"),
+        }, make("span", {class: "lts-quiet", text: translated("Try with sample pictures")}),
+        ...SAMPLES.map((sample) => button(sample.words, () => app.add.fromSamples(sample), {
+            drawn: "picture", id: "lora_train_sample_" + sample.set, title: sample.help,
+        })));
+        const draw = () => {
+            samples.hidden = Boolean(app.dataset() && app.dataset().pictures);
+        };
+        return {element: make("div", {class: "lts-adding"}, place, others, samples), draw};
     }
 
     studio.dropPlace = dropPlace;
@@ -199,7 +225,7 @@
                 element.hidden = !shown;
                 app.newName = app.newTrigger = drawn = "";
                 // The step "Pictures" has the same parts.
-                element.replaceChildren(...(shown ? [fields(), dropPlace(app), known] : []));
+                element.replaceChildren(...(shown ? [fields(), dropPlace(app).element, known] : []));
             }
             const now = JSON.stringify(shown && state.datasets);
             if (!shown || now === drawn) return;

@@ -6,8 +6,7 @@
         const {make, button, translated} = studio.parts;
         const element = make("div", {class: "lts-panel", hidden: true});
         const makers = {
-            add: () => ({element: studio.dropPlace(app), draw: () => {}}),
-            check: () => studio.reportPanel(app), shape: () => studio.shapePanel(app),
+            add: () => studio.dropPlace(app), check: () => studio.reportPanel(app), shape: () => studio.shapePanel(app),
             caption: () => studio.captionPanel(app), train: () => studio.trainPanel(app),
             crop: () => studio.cropPanel(app), mask: () => studio.maskPanel(app),
         };

@@ -13,6 +13,7 @@ Every request may say ?dataset=name, the dataset it is about; it is refused (409
                           refused (409) while captions are unsaved, unless "discard"
     POST create           {"name", "concept"}      POST close  {"discard"?}
     POST import           {"paths": [...]}         task; folders, pictures, zips of the server
+    POST import-samples   {"name": "style"|"subject"}   task; pictures that come with the extension
     POST upload?name=&batch=   one file as the body, application/octet-stream -> {"received": files of the batch}
     POST import-uploads   {"batch"}                task
     POST pictures         {"filter", "offset", "limit", "sort": "name"|"problems"|"score"} -> {"total", "pictures": [...]}
@@ -94,6 +95,7 @@ def _add_datasets(post: Callable[..., None], studio: Studio) -> None:
     post("create", lambda r: studio.create(r.name, concept=r.concept), "Make a dataset")
     post("close", lambda r: studio.close(discard=r.discard), "Leave the dataset")
     post("import", lambda r: {"id": operations.import_paths(studio, some(r.paths, "paths"))}, "Bring pictures in")
+    post("import-samples", lambda r: {"id": operations.import_samples(studio, r.name)}, "Bring sample pictures in")
     post("import-uploads", lambda r: {"id": operations.import_uploads(studio, batch_name(r.batch))}, "Bring in what was sent")
     post("use", lambda _: studio.use(), "Save and train with the dataset")
     post("stop-task", lambda _: {"stopping": studio.tasks.stop()}, "Stop the task under way")

@@ -19,9 +19,9 @@ from lib_lora_train.demo.sheet import draw_sheet, sample_rows
 from lib_lora_train.host.standalone import StandaloneHost
 from lib_lora_train.run.runner import RUNNER
 from lib_lora_train.settings.field import Value
+from lib_lora_train.studio.operations import SAMPLES
 
-STYLE = Path(__file__).parent / "style"
-SUBJECT = Path(__file__).parent / "subject"
+STYLE, SUBJECT = SAMPLES["style"], SAMPLES["subject"]
 NAME = "twemoji-style"
 # No trigger word: a style is wanted in every image.
 SETTINGS: dict[str, Value] = {

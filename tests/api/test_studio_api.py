@@ -476,6 +476,33 @@ def test_nothing_outside_the_allowed_folders_is_read(desk: Desk):
     assert desk.post("open", {"name": "leads-out"}).status_code == 400
 
 
+SHIPPED = Path(__file__).resolve().parents[2] / "lib_lora_train" / "demo"
+
+
+@pytest.mark.parametrize("name", ["style", "subject"])
+def test_sample_pictures_are_copied_with_their_captions_and_nothing_is_written_where_they_come_from(desk: Desk, name: str):
+    """Also where others reach the page, and the extension's own folder is none of those it is allowed."""
+    desk.host.allowed = AllowedPaths((desk.host.datasets_folder,), (desk.host.lora_folder,), "ask its owner")
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (SHIPPED / name).iterdir()}
+    desk.post("create", {"name": "zzk", "concept": "zorbi"})
+    task = desk.done(desk.post("import-samples", {"name": name}))
+    assert task["outcome"] == "done" and task["problems"] == []
+    numbered, = dataset_folder(desk).glob("*_zorbi")
+    assert {path.name: path.read_bytes() for path in numbered.glob("*.png")} == {
+        path.name: content for path, (content, _) in before.items() if path.suffix == ".png"}
+    assert {image["name"]: image["caption"] for image in desk.images()} == {
+        path.name: path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in before if path.suffix == ".png"}
+    desk.post("remove", {"ids": [image["id"] for image in desk.images()]})
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (SHIPPED / name).iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["", "model", "..", "../demo/style", str(SHIPPED / "style")])
+def test_only_the_sample_sets_are_brought_in_as_such(desk: Desk, name: str):
+    desk.post("create", {"name": "zzk", "concept": "zzk"})
+    assert desk.post("import-samples", {"name": name}).status_code == 400
+    assert desk.images() == []
+
+
 class Held:
     """A stand-in for `collect` that works until the test lets it, or until it is stopped."""
 

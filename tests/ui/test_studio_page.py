@@ -27,6 +27,7 @@ from tests.mixed_pictures import ADDED, COUNT, mixed_pictures
 
 pytestmark = needs_browser
 PATIENCE_MS = 90_000
+SHIPPED = Path(__file__).resolve().parents[2] / "lib_lora_train" / "demo"
 EVIL = "<img src=x onerror=window.evil=1>"
 
 
@@ -487,6 +488,42 @@ def test_a_double_click_brings_pictures_in_once(studio: StudioPage, tmp_path: Pa
     expect(studio.tiles()).to_have_count(3)
     expect(studio.said()).to_be_hidden()
     expect(studio.part("dataset").locator("option")).to_have_text(["emoji", "New dataset"])
+
+
+@pytest.mark.parametrize("sample, name, trigger", [("style", "twemoji style", "twemoji"), ("subject", "zorbi", "zorbi")])
+def test_an_empty_page_offers_sample_pictures_which_become_a_dataset_with_captions_and_trigger_word(
+        studio: StudioPage, sample: str, name: str, trigger: str):
+    captions = {path.stem: path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+                for path in (SHIPPED / sample).glob("*.png")}
+    studio.open()
+    expect(studio.part(f"sample_{sample}")).to_contain_text(f"{len(captions)} ")
+    studio.part(f"sample_{sample}").press("Enter")
+    expect(studio.tiles()).to_have_count(len(captions))
+    studio.looked_at()
+    assert studio.captions(name) == captions
+    assert list((studio.host.datasets_folder / name).glob(f"*_{trigger}"))  # kohya's layout
+    studio.part("step_add").click()
+    expect(studio.part("choose")).to_be_visible()
+    expect(studio.part(f"sample_{sample}")).to_be_hidden()
+
+
+def test_sample_pictures_overwrite_nothing_take_the_fields_and_are_offered_where_all_pictures_are_gone(few: StudioPage):
+    captions, folder = few.captions(), few.host.datasets_folder
+    few.part("dataset").select_option("New dataset")
+    few.part("new_name").fill("Emoji")
+    few.part("new_trigger").fill("mine")
+    few.part("sample_subject").click()
+    expect(few.tiles()).to_have_count(12)
+    few.looked_at()
+    assert few.captions() == captions
+    assert list((folder / "Emoji 2").glob("*_mine"))
+    few.part("gallery").press("Control+a")
+    few.part("gallery").press("Delete")
+    expect(few.tiles()).to_have_count(0)
+    few.part("step_add").click()
+    few.part("sample_style").click()
+    expect(few.tiles()).to_have_count(24)
+    expect(few.part("dataset").locator("option")).to_have_text(["emoji", "Emoji 2", "New dataset"])
 
 
 def test_a_new_dataset_of_a_name_that_is_taken_leaves_the_open_one_open(few: StudioPage):
