@@ -25,11 +25,13 @@ SEED = 7
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
-    """How much is measured: the efforts of the scorers' fits; every n-th held-out word; seeds a word; seeds of the training;
-    guidance scales; the sampler's steps."""
+    """How much is measured: the efforts of the scorers' fits; how many real images of each style are also learnt from as good
+    copies might be painted; every n-th held-out word; seeds a word; seeds of the training; guidance scales; the sampler's
+    steps."""
 
     style: StyleEffort = StyleEffort()
     word: WordEffort = WordEffort()
+    repainted: int = 32
     every: int = 1
     seeds: int = 4
     runs: int = 3
@@ -38,8 +40,8 @@ class Extent:
 
 
 THOROUGH = Extent()
-QUICK = Extent(StyleEffort(steps=250, fits=1), WordEffort(variants=1, steps=300, fits=1), every=8, seeds=1,
-               runs=1, scales=(2.0,), sampler_steps=10)
+QUICK = Extent(StyleEffort(steps=250, fits=1), WordEffort(variants=1, steps=300, fits=1), repainted=4, every=8,
+               seeds=1, runs=1, scales=(2.0,), sampler_steps=10)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,9 @@ class JointScorer:
         self._among = torch.tensor([images.words.index(word) for word in held_out])
         learnt = [word for word in images.words if split[word] != HELD_OUT]
         shown = {style: images.of(style, learnt)[1] for style in images.images}
+        repainted = {style: _repainted(sampler, pixels, extent.repainted) for style, pixels in shown.items()}
         shown |= {style: torch.cat([shown[style], more]) for style, more in images.more.items()}
+        shown = {style: torch.cat([pixels, repainted[style]]) for style, pixels in shown.items()}
         asked = [word for word in learnt if split[word] == STYLE][::extent.every]
         painted = torch.cat([_sampled(sampler, asked, scale) for scale in PAINTED_AT])
         self._style = StyleClassifier.fit({**shown, PAINTED: painted}, extent.style, seed=SEED)
@@ -115,9 +119,22 @@ class JointScorer:
 def varied(sampler: Sampler, pixels: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     """Real images as a good copy of them might be painted: through the VAE, at other contrasts, with noise, blurred."""
     soft = F.avg_pool2d(F.pad(pixels, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
-    return [("as it is", pixels), ("blurred", soft), ("VAE", sampler.through_vae(pixels)),
-            *((f"VAE, × {contrast}", sampler.through_vae(pixels, contrast=contrast)) for contrast in (0.7, 1.3)),
-            ("VAE, noise 0.1", sampler.through_vae(pixels, noise=0.1))]
+    latents = sampler.latents(pixels)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(SEED)).to(latents)
+    return [("as it is", pixels), ("blurred", soft), ("VAE", sampler.shown(latents)),
+            *((f"VAE, × {contrast}", sampler.shown(contrast * latents)) for contrast in (0.7, 1.3)),
+            ("VAE, noise 0.1", sampler.shown(latents + 0.1 * latents.std() * noise))]
+
+
+def _repainted(sampler: Sampler, pixels: torch.Tensor, count: int) -> torch.Tensor:
+    """At most `count` of the images, evenly chosen, through the VAE twice: at contrasts from 0.65 to 1.35, with noise."""
+    latents = sampler.latents(pixels[::-(-len(pixels) // count)])
+    generator, painted = torch.Generator().manual_seed(SEED), []
+    for _ in range(2):
+        contrast = 0.65 + 0.7 * torch.rand(len(latents), 1, 1, 1, generator=generator)
+        noise = 0.1 * torch.rand(len(latents), 1, 1, 1, generator=generator) * torch.randn(latents.shape, generator=generator)
+        painted.append(sampler.shown(contrast * latents + latents.std() * noise))
+    return torch.cat(painted)
 
 
 def _sampled(sampler: Sampler, words: Sequence[str], scale: float) -> torch.Tensor:

@@ -62,16 +62,20 @@ class Sampler:
                                   seed=FIRST_SEED + index) for index, prompt in enumerate(prompts)]
         latents = [sample_batch(self._model, requests[start:start + TOGETHER], adapters=lora)
                    for start in range(0, len(requests), TOGETHER)]
-        return self._shown(torch.cat(latents))
+        return self.shown(torch.cat(latents))
 
-    def through_vae(self, pixels: torch.Tensor, *, contrast: float = 1.0, noise: float = 0.0) -> torch.Tensor:
-        """The same images encoded and decoded again, as soft as generated ones; their latents times `contrast`, with noise
-        of `noise` times their deviation."""
-        latents = contrast * self._encoded(pixels)[0]
-        if noise:
-            drawn = torch.randn(latents.shape, generator=torch.Generator().manual_seed(FIRST_SEED))
-            latents = latents + noise * latents.std() * drawn.to(latents)
-        return self._shown(latents)
+    def through_vae(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The same images encoded and decoded again, as soft as generated ones."""
+        return self.shown(self.latents(pixels))
+
+    def latents(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The means of the images' latents, [N, 4, 16, 16]."""
+        return self._encoded(pixels)[0]
+
+    def shown(self, latents: torch.Tensor) -> torch.Tensor:
+        """The images of latents."""
+        decode: Callable[[torch.Tensor], torch.Tensor] = self._model.vae.decode
+        return torch.cat([(decode(part).clamp(-1, 1) + 1).cpu() / 2 for part in latents.split(TOGETHER)])
 
     def held_out_loss(self, pixels: torch.Tensor, captions: Sequence[str], lora: Adapters = WITHOUT, *,
                       seed: int = 1, timesteps: Sequence[int] = LOSS_TIMESTEPS) -> dict[int, float]:
@@ -91,7 +95,3 @@ class Sampler:
     def _encoded(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         parts = [self._model.vae.encode(2 * part.to(self._model.device) - 1) for part in pixels.split(TOGETHER)]
         return torch.cat([mean for mean, _ in parts]), torch.cat([std for _, std in parts])
-
-    def _shown(self, latents: torch.Tensor) -> torch.Tensor:
-        decode: Callable[[torch.Tensor], torch.Tensor] = self._model.vae.decode
-        return torch.cat([(decode(part).clamp(-1, 1) + 1).cpu() / 2 for part in latents.split(TOGETHER)])

@@ -17,7 +17,7 @@ from tools.bench.quality import QualityPlan, run_quality
 from tools.bench.style_scorer import StyleEffort
 from tools.bench.word_scorer import WordEffort
 
-HASTE = Extent(StyleEffort(steps=2, fits=2), WordEffort(variants=0, steps=2, fits=1), every=2, seeds=2, runs=2,
+HASTE = Extent(StyleEffort(steps=2, fits=2), WordEffort(variants=0, steps=2, fits=1), repainted=2, every=2, seeds=2, runs=2,
                scales=(2.0,), sampler_steps=1)
 
 
