@@ -47,7 +47,8 @@ def measure_headlines(sampler: Sampler, scorer: JointScorer, trainers: Mapping[s
     """For each graded style: real images (the ceiling), the model alone (the floor) and the LoRAs of each of `trainers`, by
     name, at each guidance scale.
 
-    Runs differ in their seed alone. A sheet of each style is written to `output`/STYLE.png: model, LoRAs, real images.
+    Runs differ in their seed alone. A sheet of each style at the last guidance scale is written to `output`/STYLE.png: model,
+    LoRAs, real images.
     """
     return [row for style in GRADED for row in _of_style(sampler, scorer, style, trainers, output=output, say=say)]
 
@@ -68,7 +69,7 @@ def _of_style(sampler: Sampler, scorer: JointScorer, style: str, trainers: Mappi
     nearest = nearest_distance(shown, training).min()
     rows = [HeadlineRow(style, "real, after the VAE", *_figures(torch.stack([*scorer.right(style, shown, found)]).float(), 1))]
     words = [word for word in scorer.words for _ in range(extent.seeds)]
-    prompts, lines = [f"{TRIGGER}, {word}" for word in words], []
+    prompts = [f"{TRIGGER}, {word}" for word in words]
 
     def right(pixels: torch.Tensor) -> torch.Tensor:
         return torch.stack([*scorer.right(style, pixels, words)]).float()
@@ -81,7 +82,7 @@ def _of_style(sampler: Sampler, scorer: JointScorer, style: str, trainers: Mappi
         alone = sampler.sample(prompts, cfg_scale=scale)
         floor = right(alone)
         rows.append(HeadlineRow(style, f"model alone, CFG {scale:g}", *_figures(floor, extent.seeds), copies=copies(alone)))
-        lines = [alone]
+        firsts = [alone]
         for what, adapters in loras.items():
             painted = [sampler.sample(prompts, lora, cfg_scale=scale) for lora in adapters]
             rights = torch.stack([right(pixels) for pixels in painted])
@@ -89,8 +90,8 @@ def _of_style(sampler: Sampler, scorer: JointScorer, style: str, trainers: Mappi
             rows.append(HeadlineRow(
                 style, f"{what}, CFG {scale:g}", *rights.mean((0, 2)).tolist(), *over_words(both, extent.seeds),
                 *over_words(both - floor.prod(0), extent.seeds), copies(torch.cat(painted))))
-            lines.append(painted[0])
-    save_sheet(output / f"{style}.png", [*(line[::extent.seeds] for line in lines), shown])
+            firsts.append(painted[0])
+        save_sheet(output / f"{style}.png", [*(pixels[::extent.seeds] for pixels in firsts), shown])
     return rows
 
 

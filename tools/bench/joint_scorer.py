@@ -131,9 +131,9 @@ def _repainted(sampler: Sampler, pixels: torch.Tensor, count: int) -> torch.Tens
     latents = sampler.latents(pixels[::-(-len(pixels) // count)])
     generator, painted = torch.Generator().manual_seed(SEED), []
     for _ in range(2):
-        contrast = 0.65 + 0.7 * torch.rand(len(latents), 1, 1, 1, generator=generator)
-        noise = 0.1 * torch.rand(len(latents), 1, 1, 1, generator=generator) * torch.randn(latents.shape, generator=generator)
-        painted.append(sampler.shown(contrast * latents + latents.std() * noise))
+        contrast, strength = torch.rand(2, len(latents), 1, 1, 1, generator=generator)
+        noise = 0.1 * strength * torch.randn(latents.shape, generator=generator)
+        painted.append(sampler.shown((0.65 + 0.7 * contrast).to(latents) * latents + latents.std() * noise.to(latents)))
     return torch.cat(painted)
 
 
