@@ -2,8 +2,8 @@
 
 They are fitted on real images of all styles and on the model's own paintings, with contrast, saturation, blur and noise varied,
 so that none of these tells a style. Real images of held-out words and paintings of held-out words gate each style: where a
-gate fails, its shares count for nothing. (What a network trained on photographs sees of patches tells Twemoji from other styles
-in 70 %, these networks in 90 %.)
+gate fails, its shares count for nothing. What a network trained on photographs sees of patches tells Twemoji worse
+(docs/quality.md).
 """
 
 from __future__ import annotations
