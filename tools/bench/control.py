@@ -1,8 +1,9 @@
-"""An outside control for `bench quality`: the reference line trained once more, by diffusers, transformers and peft.
+"""Outside controls for `bench quality`: the reference line trained once more, by diffusers, transformers and peft, and the
+whole UNet trained in place of a LoRA.
 
 Model, adapters, noise, loss, gradients and optimizer are theirs or torch's, in a plain loop. The trainer shares what a LoRA is
 trained on: settings with their defaults, images, captions, how often an image is shown, the vocabulary. Where both headlines
-are equal within their spread, it is not the trainer's loop that limits a LoRA.
+are equal within their spread, it is not the trainer's loop that limits a LoRA; the whole UNet says what the model can learn.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lib_lora_train.adapters import file
@@ -39,12 +41,14 @@ KNOWN = (*CHOICES, "learning_rate", "weight_decay", "max_grad_norm", "train_batc
 """The settings that the control heeds; all others are as the trainer has them by default."""
 ADAPTED = r".*\.attentions\.\d+\.(.*\.)?(proj_in|proj_out|to_[qkv]|to_out\.0|net\.0\.proj|net\.2)"
 """What kohya adapts of diffusers' UNet."""
-TOKENS = 77
+FINE_TUNING_RATE = 2e-4
+"""Of the whole UNet, whatever the LoRA's is: a weight of the model moves as far in a step as one of a LoRA's, and does more."""
+TOKENS, PREFIX = 77, "model.diffusion_model."
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Models:
-    """A checkpoint as diffusers and transformers have it, in fp32 on the CPU: frozen, but for peft's layers in the UNet."""
+    """A checkpoint as diffusers and transformers have it, in fp32 on the CPU, frozen."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -60,13 +64,46 @@ def train_control(checkpoint: Path, *, settings: Mapping[str, object], data: Pat
     Raises SettingError for what the control does not know, ModelError and DatasetError for what it cannot use.
     """
     chosen = checked(settings)
-    optimizer, alpha = chosen.optimizer, chosen.network.network_alpha
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(optimizer.seed)
-        models = load_models(checkpoint, rank=chosen.network.network_dim, alpha=alpha)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(chosen.optimizer.seed)
+        models = load_models(checkpoint)
+        add_lora(models, rank=chosen.network.network_dim, alpha=chosen.network.network_alpha)
+        _train(models, [parameter for parameter in models.unet.parameters() if parameter.requires_grad], chosen,
+               data=data, trigger_word=trigger_word, rate=chosen.optimizer.learning_rate, steps=steps)
+    file.save(target, kohya_tensors(models.unet, alpha=chosen.network.network_alpha), {},
+              dtype=file.SAVE_PRECISIONS[chosen.save.save_precision])
+    return target
+
+
+def fine_tune(checkpoint: Path, *, settings: Mapping[str, object], data: Path, trigger_word: str, target: Path,
+              steps: int) -> Path:
+    """Train the whole UNet at FINE_TUNING_RATE, with what else `settings` say; writes a checkpoint to `target`, its .yaml and
+    text encoder's folder beside it, and returns it. Raises what `train_control` raises."""
+    chosen = checked(settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(chosen.optimizer.seed)
+        models = load_models(checkpoint)
+        models.unet.requires_grad_(True)
+        _train(models, [*models.unet.parameters()], chosen, data=data, trigger_word=trigger_word, rate=FINE_TUNING_RATE,
+               steps=steps)
+    tensors = load_file(checkpoint)
+    tensors |= {f"{PREFIX}{name}": tensor for name, tensor in ldm_tensors(checkpoint, models.unet).items()}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, target)
+    shutil.copyfile(checkpoint.with_suffix(".yaml"), target.with_suffix(".yaml"))
+    folder = yaml.safe_load(target.with_suffix(".yaml").read_text(encoding="utf-8"))["model"]["params"]["cond_stage_config"][
+        "params"]["version"]
+    shutil.copytree(checkpoint.parent / folder, target.parent / folder, dirs_exist_ok=True)
+    return target
+
+
+def _train(models: Models, trained: Sequence[nn.Parameter], chosen: Settings, *, data: Path, trigger_word: str, rate: float,
+           steps: int) -> None:
+    """Train the parameters `trained` of the UNet in place."""
+    optimizer = chosen.optimizer
+    with torch.enable_grad():
         mean, std, context = encoded(models, data, trigger_word=trigger_word)
-        trained = [parameter for parameter in models.unet.parameters() if parameter.requires_grad]
-        adamw = torch.optim.AdamW(trained, lr=optimizer.learning_rate, weight_decay=optimizer.weight_decay)
+        adamw = torch.optim.AdamW(trained, lr=rate, weight_decay=optimizer.weight_decay)
         schedule = (torch.optim.lr_scheduler.CosineAnnealingLR(adamw, T_max=steps) if optimizer.lr_scheduler == "cosine"
                     else torch.optim.lr_scheduler.ConstantLR(adamw, factor=1.0))
         batches = _batches(len(mean), repeats=plain_folder_repeats(len(mean), max_train_epochs=optimizer.max_train_epochs),
@@ -80,8 +117,6 @@ def train_control(checkpoint: Path, *, settings: Mapping[str, object], data: Pat
             adamw.step()
             schedule.step()
             adamw.zero_grad()
-    file.save(target, kohya_tensors(models.unet, alpha=alpha), {}, dtype=file.SAVE_PRECISIONS[chosen.save.save_precision])
-    return target
 
 
 def checked(settings: Mapping[str, object]) -> Settings:
@@ -98,14 +133,13 @@ def checked(settings: Mapping[str, object]) -> Settings:
     return chosen
 
 
-def load_models(checkpoint: Path, *, rank: int, alpha: float) -> Models:
-    """Of a Stable Diffusion 1 checkpoint, with a LoRA that changes nothing yet. Beside it lies ldm's .yaml, which names the
-    folder of the text encoder's config.json. Raises ModelError, also for a tensor that is missing or has no place."""
+def load_models(checkpoint: Path) -> Models:
+    """Of a Stable Diffusion 1 checkpoint. Beside it lies ldm's .yaml, which names the folder of the text encoder's config.json.
+    Raises ModelError, also for a tensor that is missing or has no place."""
     try:
         # Imported late: they take seconds, and only the control needs them.
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
         from diffusers.pipelines.stable_diffusion import convert_from_ckpt as convert
-        from peft import LoraConfig, inject_adapter_in_model
         from transformers import CLIPTextConfig, CLIPTextModel
 
         tensors = {name: tensor.float() for name, tensor in load_file(checkpoint).items()}
@@ -128,9 +162,28 @@ def load_models(checkpoint: Path, *, rank: int, alpha: float) -> Models:
                          "tools/requirements-test*.txt name, and take a checkpoint like the demo's") from error
     for part in (unet, vae, text):
         part.requires_grad_(False).eval()
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=ADAPTED), unet)
     return Models(unet, vae, text, latent_scale=model["scale_factor"], scheduler=DDPMScheduler(
         model["timesteps"], beta_start=model["linear_start"], beta_end=model["linear_end"], beta_schedule="scaled_linear"))
+
+
+def add_lora(models: Models, *, rank: int, alpha: float) -> None:
+    """peft's layers into the UNet; they are trained and change nothing yet."""
+    from peft import LoraConfig, inject_adapter_in_model  # imported late, as above
+
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=ADAPTED), models.unet)
+
+
+def ldm_tensors(checkpoint: Path, unet: nn.Module) -> dict[str, Tensor]:
+    """The weights of diffusers' UNet in fp32 under ldm's names, read off diffusers' own conversion of the checkpoint's."""
+    from diffusers.pipelines.stable_diffusion import convert_from_ckpt as convert
+
+    tensors = load_file(checkpoint)
+    configuration = yaml.safe_load(checkpoint.with_suffix(".yaml").read_text(encoding="utf-8"))
+    converted = convert.convert_ldm_unet_checkpoint(dict(tensors), convert.create_unet_diffusers_config(
+        configuration, image_size=SIDE))
+    names = {id(tensor): name.removeprefix(PREFIX) for name, tensor in tensors.items()}
+    trained = unet.state_dict()
+    return {names[id(tensor)]: trained[name].contiguous() for name, tensor in converted.items()}
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from tools.bench.image_metrics import nearest_distance
 from tools.bench.joint_scorer import TRIGGER, JointScorer
 from tools.bench.real_images import STYLE
-from tools.bench.sampler import Adapters, Sampler
+from tools.bench.sampler import Sampler
 from tools.bench.sheet import save_sheet
 from tools.bench.styled_images import GRADED, write_dataset
 from tools.bench.training import Say
@@ -38,17 +38,19 @@ class HeadlineRow:
     copies: float | None = None
 
 
-Trainer = Callable[[Path, str, int], Path]
-"""Trains a LoRA on a dataset's folder, under a name, with a seed; returns its file."""
+Sample = Callable[[Sequence[str], float], torch.Tensor]
+"""One image for each prompt at a guidance scale, [N, 3, 128, 128]; the seed is its position."""
+Trainer = Callable[[Path, str, int], Sample]
+"""Trains on a dataset's folder, under a name, with a seed; returns what samples with what was learnt."""
 
 
 def measure_headlines(sampler: Sampler, scorer: JointScorer, trainers: Mapping[str, Trainer], *, output: Path, say: Say
                       ) -> list[HeadlineRow]:
-    """For each graded style: real images (the ceiling), the model alone (the floor) and the LoRAs of each of `trainers`, by
-    name, at each guidance scale.
+    """For each graded style: real images (the ceiling), the model alone (the floor) and what each of `trainers`, by name,
+    makes of it, at each guidance scale.
 
     Runs differ in their seed alone. A sheet of each style at the last guidance scale is written to `output`/STYLE.png: model,
-    LoRAs, real images.
+    the first run of each, real images.
     """
     return [row for style in GRADED for row in _of_style(sampler, scorer, style, trainers, output=output, say=say)]
 
@@ -59,11 +61,10 @@ def _of_style(sampler: Sampler, scorer: JointScorer, style: str, trainers: Mappi
     data = write_dataset(images, style, output / "data" / style)
     learnt = [word for word, split in zip(images.words, images.splits, strict=True) if split == STYLE]
     training = sampler.through_vae(images.of(style, learnt)[1])
-    loras: dict[str, list[Adapters]] = {}
+    trained: dict[str, list[Sample]] = {}
     for number, (what, train) in enumerate(trainers.items()):
         say(f"{style}: {what}, {extent.runs} runs")
-        loras[what] = [sampler.lora(train(data, f"bench-{style}-{number}-{run}", 42 + run), weight=1.0)
-                       for run in range(extent.runs)]
+        trained[what] = [train(data, f"bench-{style}-{number}-{run}", 42 + run) for run in range(extent.runs)]
     found, real = images.of(style, scorer.words)
     shown = sampler.through_vae(real)
     nearest = nearest_distance(shown, training).min()
@@ -78,13 +79,13 @@ def _of_style(sampler: Sampler, scorer: JointScorer, style: str, trainers: Mappi
         return float((nearest_distance(pixels, training) < nearest).float().mean())
 
     for scale in extent.scales:
-        say(f"{style}: sampling {len(prompts)} images {1 + extent.runs * len(loras)} times at CFG {scale:g}")
+        say(f"{style}: sampling {len(prompts)} images {1 + extent.runs * len(trained)} times at CFG {scale:g}")
         alone = sampler.sample(prompts, cfg_scale=scale)
         floor = right(alone)
         rows.append(HeadlineRow(style, f"model alone, CFG {scale:g}", *_figures(floor, extent.seeds), copies=copies(alone)))
         firsts = [alone]
-        for what, adapters in loras.items():
-            painted = [sampler.sample(prompts, lora, cfg_scale=scale) for lora in adapters]
+        for what, runs in trained.items():
+            painted = [sample(prompts, scale) for sample in runs]
             rights = torch.stack([right(pixels) for pixels in painted])
             both = rights.prod(1).mean(0)
             rows.append(HeadlineRow(

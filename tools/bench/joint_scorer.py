@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from tools.bench.real_images import HELD_OUT, STYLE
+from tools.bench.real_images import HELD_OUT, STYLE, TEST
 from tools.bench.sampler import Sampler
 from tools.bench.style_scorer import StyleClassifier, StyleEffort, StyleGate
 from tools.bench.styled_images import GRADED, StyledImages
@@ -19,6 +19,8 @@ LEAST_KNOWN = 0.90
 """Gate: of the words in a style that the word scorer never saw."""
 PAINTED_AT = (1.0, 2.0, 4.0)
 """Guidance scales at which the model paints what is no style's."""
+OWN_AT, LEAST_OWN = 3.0, 0.95
+"""Gate of the model: at this guidance scale it paints so many of the words right by itself."""
 PAINTED = "the model's own"
 SEED = 7
 
@@ -26,12 +28,13 @@ SEED = 7
 @dataclasses.dataclass(frozen=True)
 class Extent:
     """How much is measured: the efforts of the scorers' fits; how many real images of each style are also learnt from as good
-    copies might be painted; every n-th held-out word; seeds a word; seeds of the training; guidance scales; the sampler's
-    steps."""
+    copies might be painted; whether the test's words are asked for in place of the held-out ones; every n-th of them; seeds a
+    word; seeds of the training; guidance scales; the sampler's steps."""
 
     style: StyleEffort = StyleEffort()
     word: WordEffort = WordEffort()
     repainted: int = 32
+    test: bool = False
     every: int = 1
     seeds: int = 4
     runs: int = 3
@@ -61,16 +64,17 @@ class JointScorer:
     """Fitted on all styles' real images and the model's own paintings.
 
     gates    {style: (its style scorer's gate, the word scorer's)}
+    own      how many words the model paints right by itself, without the trigger word
     words    the held-out words that images are asked for
     """
 
     def __init__(self, sampler: Sampler, images: StyledImages, extent: Extent) -> None:
         self.images, self.extent = images, extent
         split = dict(zip(images.words, images.splits, strict=True))
-        held_out = [word for word in images.words if split[word] == HELD_OUT]
-        self.words = held_out[::extent.every]
+        held_out = [word for word in images.words if split[word] in (HELD_OUT, TEST)]
+        self.words = [word for word in held_out if (split[word] == TEST) == extent.test][::extent.every]
         self._among = torch.tensor([images.words.index(word) for word in held_out])
-        learnt = [word for word in images.words if split[word] != HELD_OUT]
+        learnt = [word for word in images.words if word not in held_out]
         shown = {style: images.of(style, learnt)[1] for style in images.images}
         repainted = {style: _repainted(sampler, pixels, extent.repainted) for style, pixels in shown.items()}
         shown |= {style: torch.cat([shown[style], more]) for style, more in images.more.items()}
@@ -81,11 +85,11 @@ class JointScorer:
         self._views = {style: views(pixels, extent.word.variants, seed=SEED) for style, (_, pixels) in images.images.items()}
         self._word = self._word_scorer(list(images.images))
         self.gates = dict(zip(GRADED, zip(self._style_gates(sampler), self._word_gates(), strict=True), strict=True))
+        self.own = self._known(self._word, self.words, sampler.sample(self.words, cfg_scale=OWN_AT))
 
     def right(self, style: str, pixels: torch.Tensor, words: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """bool [N] each, for images [N, 3, 128, 128] that were asked for `words` (held-out ones): style, word."""
-        asked = torch.tensor([self.images.words.index(word) for word in words])
-        return self._style.is_in(style, pixels), self._among[self._word.word(pixels, self._among)] == asked
+        return self._style.is_in(style, pixels), self._named(self._word, words, pixels)
 
     def word_features(self, pixels: torch.Tensor) -> torch.Tensor:
         """[N, D] of length 1, near for images [N, 3, h, w] of the same thing."""
@@ -100,11 +104,15 @@ class JointScorer:
         others = self._word_scorer([style for style in self.images.images if style not in GRADED])
         gates = []
         for style in GRADED:
-            words, pixels = self.images.of(style, self.words)
-            asked = torch.tensor([self.images.words.index(word) for word in words])
-            known = self._among[others.word(pixels, self._among)] == asked
-            gates.append(WordGate(style, float(known.float().mean())))
+            gates.append(WordGate(style, self._known(others, *self.images.of(style, self.words))))
         return gates
+
+    def _named(self, scorer: WordScorer, words: Sequence[str], pixels: torch.Tensor) -> torch.Tensor:
+        asked = torch.tensor([self.images.words.index(word) for word in words])
+        return self._among[scorer.word(pixels, self._among)] == asked
+
+    def _known(self, scorer: WordScorer, words: Sequence[str], pixels: torch.Tensor) -> float:
+        return float(self._named(scorer, words, pixels).float().mean())
 
     def _style_gates(self, sampler: Sampler) -> list[StyleGate]:
         painted = {f"{scale:g}": _sampled(sampler, self.words, scale) for scale in PAINTED_AT}

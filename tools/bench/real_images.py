@@ -1,7 +1,8 @@
 """The same 256 words in two styles, Noto's and Twemoji's, as the model's images would show them.
 
-Split by word, fixed: "style" is what the style LoRA is trained on, "held_out" is asked for in the test and trained on by
-nobody (the model knows Noto's images of these words and not Twemoji's), "other" is for the scorers to learn from.
+Split by word, fixed: "style" is what the style LoRA is trained on; "held_out" is asked for and trained on by nobody (the model
+knows Noto's images of these words and not Twemoji's); "test" likewise, but no choice is made by what is found there; "other" is
+for the scorers to learn from.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lib_lora_train.dataset.images import read_image
 
 FOLDER = Path(__file__).parent / "pictures"
 NOTO, TWEMOJI = STYLES = ("noto", "twemoji")
-STYLE, HELD_OUT, OTHER = ("style", "held_out", "other")
+STYLE, HELD_OUT, TEST, OTHER = ("style", "held_out", "test", "other")
 TILE, COLUMNS = 64, 16
 PAPER, SIDE = 72, 128
 """The white paper a tile of 64 pixels is laid on, and what that is enlarged to: the size of the model's images."""

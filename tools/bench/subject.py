@@ -1,4 +1,4 @@
-"""What a subject LoRA learnt: nine images of one character to train on, three poses kept back, new scenes to sample."""
+"""What a subject LoRA learnt: nine images of one thing to train on, three kept back, and where the model is to put it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tools.bench.sheet import save_sheet
 from tools.bench.training import Say, train_lora
 
 TRIGGER = "zorbi"
-SCENES = ("reading a book", "playing a guitar", "eating a banana", "with a red heart", "in the snow")
-"""Beside the captions of the poses that were kept back."""
+SCENES = ("{}, on red", "{}, on yellow", "{}, on black", "{}, on purple", "small {}", "small {}, on green")
+"""What the model can do with any word."""
 KEPT_BACK = slice(3, None, 4)
 STYLES = NOTO, TWEMOJI
 """The emoji among which the subject is looked for are real ones in these styles."""
@@ -30,37 +30,36 @@ STYLES = NOTO, TWEMOJI
 class SubjectRow:
     """The share of images whose nearest real image shows the subject; its standard error over scenes, None for real ones."""
 
+    subject: str
     what: str
     found: float
     error: float | None = None
 
 
-def measure_subject(host: Host, sampler: Sampler, scorer: JointScorer, *, data: Path, output: Path,
+def measure_subject(host: Host, sampler: Sampler, scorer: JointScorer, *, name: str, data: Path, output: Path,
                     settings: Mapping[str, object], steps: int, say: Say) -> list[SubjectRow]:
-    """Train on `data` without every fourth image, copied to `output`/subject, and sample scenes of the trigger word.
+    """Train on `data` without every fourth image, copied to `output`/subject/NAME, and sample scenes of the trigger word.
 
     The first rows say what the measure is worth: real images of the subject, each compared with all others, and real emoji.
     """
     extent = scorer.extent
-    files, captions, pixels = read_dataset(data)
+    files, _, pixels = read_dataset(data)
     kept_back = list(range(len(files)))[KEPT_BACK]
-    trained_on = _copied([file for index, file in enumerate(files) if index not in kept_back], output / "subject")
-    say(f"subject: {extent.runs} runs of {steps} steps")
+    trained_on = _copied([file for index, file in enumerate(files) if index not in kept_back], output / "subject" / name)
+    say(f"{name}: {extent.runs} runs of {steps} steps")
     loras = [sampler.lora(train_lora(
-        host, settings={**settings, "seed": 42 + run}, data=trained_on, trigger_word=TRIGGER, name=f"bench-subject-{run}",
+        host, settings={**settings, "seed": 42 + run}, data=trained_on, trigger_word=TRIGGER, name=f"bench-{name}-{run}",
         steps=steps, wanted=(steps,), say=say)[steps], weight=1.0) for run in range(extent.runs)]
     gallery = Gallery(scorer, sampler.through_vae(pixels))
-    rows = [SubjectRow("real ones of the subject", gallery.found()),
-            SubjectRow("real emoji (mistaken)", gallery.mistaken())]
-    prompts = [f"{TRIGGER}, {scene}" for scene in (*(captions[index] for index in kept_back), *SCENES)
-               for _ in range(extent.seeds)]
+    rows = [SubjectRow(name, "real ones", gallery.found()), SubjectRow(name, "real emoji (mistaken)", gallery.mistaken())]
+    prompts = [scene.format(TRIGGER) for scene in SCENES for _ in range(extent.seeds)]
     for scale in extent.scales:
-        say(f"subject: sampling {len(prompts)} images {1 + len(loras)} times at CFG {scale:g}")
+        say(f"{name}: sampling {len(prompts)} images {1 + len(loras)} times at CFG {scale:g}")
         painted = [sampler.sample(prompts, lora, cfg_scale=scale) for lora in (WITHOUT, *loras)]
         shown = [gallery.shows(images).float() for images in painted]
-        rows += [SubjectRow(f"model alone, CFG {scale:g}", *over_words(shown[0], extent.seeds)),
-                 SubjectRow(f"LoRA, CFG {scale:g}", *over_words(torch.stack(shown[1:]).mean(0), extent.seeds))]
-    save_sheet(output / "subject.png", painted[:2])
+        rows += [SubjectRow(name, f"model alone, CFG {scale:g}", *over_words(shown[0], extent.seeds)),
+                 SubjectRow(name, f"LoRA, CFG {scale:g}", *over_words(torch.stack(shown[1:]).mean(0), extent.seeds))]
+    save_sheet(output / f"{name}.png", painted[:2])
     return rows
 
 

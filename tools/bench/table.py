@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tools.bench.headline import HeadlineRow
-from tools.bench.joint_scorer import LEAST_KNOWN, WordGate
+from tools.bench.joint_scorer import LEAST_KNOWN, LEAST_OWN, OWN_AT, WordGate
 from tools.bench.report import grid, share
 from tools.bench.style_scorer import LEAST_RIGHT, MOST_PAINTED, StyleGate
 from tools.bench.subject import SubjectRow
@@ -19,8 +19,9 @@ def intro_text(*, settings: Mapping[str, object], checkpoint: str, thorough: boo
                                   f"\n\n{said}")
 
 
-def gates_text(gates: Mapping[str, tuple[StyleGate, WordGate]]) -> str:
-    """What the scorers of the graded styles are worth, before anything is scored by them."""
+def gates_text(gates: Mapping[str, tuple[StyleGate, WordGate]], own: float) -> str:
+    """What the scorers of the graded styles are worth, and how many words the model paints right by itself, before anything is
+    scored by them."""
     lines = []
     for name, (style, word) in gates.items():
         lowest, highest = min(style.right, key=style.right.__getitem__), max(style.wrong, key=style.wrong.__getitem__)
@@ -30,12 +31,14 @@ def gates_text(gates: Mapping[str, tuple[StyleGate, WordGate]]) -> str:
     head = ("style", "real ones known", "worst, varied", "model's own taken for it", "style gate", "words known unseen",
             "word gate")
     return "\n\n".join([
-        "### Gates of the scorers",
+        "### Gates",
         grid(head, lines),
         f"Style: at least {share(LEAST_RIGHT)} of real held-out images, also blurred, with noise, through the VAE and at "
         f"contrasts of 0.7 to 1.3; at most {share(MOST_PAINTED)} of what the model paints without a LoRA. Words: at least "
         f"{share(LEAST_KNOWN)} of the held-out words in styles of which the scorer saw nothing. **What a failed gate "
-        "stands before counts for nothing.**"])
+        "stands before counts for nothing.**",
+        f"The model by itself paints {share(own)} of the words right at a CFG scale of {OWN_AT:g}; {share(LEAST_OWN)} are "
+        f"asked for: {_verdict(own >= LEAST_OWN)}."])
 
 
 def headlines_text(rows: Sequence[HeadlineRow], gates: Mapping[str, tuple[StyleGate, WordGate]], *, steps: int) -> str:
@@ -57,11 +60,12 @@ def headlines_text(rows: Sequence[HeadlineRow], gates: Mapping[str, tuple[StyleG
 
 
 def subject_text(rows: Sequence[SubjectRow], *, steps: int) -> str:
-    """How often the subject is found in images of new scenes."""
+    """How often the subjects are found in images of new scenes."""
     return "\n\n".join([
-        f"### Subject: nine pictures of a character, {steps} steps, asked for new scenes",
+        f"### Subjects: nine pictures each, {steps} steps, asked for on other grounds and smaller",
         grid(("pictures", "nearest real picture is the subject"),
-             [(row.what, share(row.found) + ("" if row.error is None else f" ± {100 * row.error:.1f}")) for row in rows]),
+             [(f"{row.subject}: {row.what}", share(row.found) + ("" if row.error is None else f" ± {100 * row.error:.1f}"))
+              for row in rows]),
         "± is a standard error over scenes."])
 
 

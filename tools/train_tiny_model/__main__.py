@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 import autoencoder  # noqa: E402
 import denoiser  # noqa: E402
 import export  # noqa: E402
-from gate import Gate  # noqa: E402
+from gate import Gate, words_of  # noqa: E402
 from graph import plain_attention  # noqa: E402
 from sheet import write_sheet  # noqa: E402
 from training_images import TrainingImages  # noqa: E402
@@ -52,7 +52,8 @@ def main() -> None:
         model = export.read(start)
         encode = functools.partial(autoencoder.scaled_latents, model.vae, scale=SCALE)
         packages = folder / "packages"
-        gate, images = Gate(packages, encode, words=arguments.gate_words), TrainingImages(packages, encode)
+        gate = Gate(packages, encode, words=arguments.gate_words)
+        images = TrainingImages(packages, encode, every_word=arguments.every_word, gate_words=words_of(arguments.gate_words))
         print(f"{len(images)} drawings", flush=True)
         weights = {part: {name: tensor.clone().to(arguments.device) for name, tensor in model.components[part].items()}
                    for part in ("unet", "te")}
@@ -97,6 +98,8 @@ def _arguments() -> argparse.Namespace:
                         "what is there")
     parser.add_argument("--small", type=float, default=0.5, help="share of the batches whose pictures have half the side "
                         "(0.5): three times as many a second")
+    parser.add_argument("--every-word", action="store_true", help="all 785 words, not only those that the demo, the benchmark "
+                        "and the gate ask for")
     parser.add_argument("--decoder-minutes", type=float, default=70)
     parser.add_argument("--gate-words", type=int, default=64, help="words that the gate is measured on, at most 64")
     parser.add_argument("--seed", type=int, default=0)

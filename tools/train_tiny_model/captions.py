@@ -13,8 +13,9 @@ from tools.styles import NOTO, Emoji
 
 COLOUR_WORDS = (*HUES, "brown", "black", "white", "grey")
 NO_CAPTION, KEYWORD, COLOURED, SHAPED, WITH_TAGS = 0.1, 0.08, 0.2, 0.1, 0.1
-BARE, UNKNOWN = 0.6, 0.25
-"""How often Noto's pictures have no word for the style, and how often any style has a word that means nothing in its place."""
+BARE, UNKNOWN, UNKNOWN_OF_OTHERS = 0.6, 0.25, 0.06
+"""How often Noto's pictures have no word for the style, and how often Noto's and other styles' have a word that means nothing
+in its place: such a word stands for Noto's style in half of the pictures, so that the model has a style of its own."""
 
 
 def caption(emoji: Emoji, image: Image.Image, *, style: str, treatments: Sequence[str] = (), turned_to: str = "",
@@ -44,6 +45,6 @@ def caption(emoji: Emoji, image: Image.Image, *, style: str, treatments: Sequenc
 
 
 def _by(style: str, draw: random.Random) -> list[str]:
-    if draw.random() < UNKNOWN:
+    if draw.random() < (UNKNOWN if style == NOTO.name else UNKNOWN_OF_OTHERS):
         return ["".join(draw.choices(string.ascii_lowercase, k=draw.randint(3, 8)))]
     return [] if style == NOTO.name and draw.random() < BARE / (1 - UNKNOWN) else [style]

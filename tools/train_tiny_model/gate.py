@@ -27,6 +27,11 @@ Losses = Callable[[Tensor, int, list[str], Tensor], Tensor]
 """Latents, timestep, captions and noise to the mean squared error of ε, [N]."""
 
 
+def words_of(count: int) -> list[str]:
+    """So many of GATE, evenly spread."""
+    return [GATE[index * len(GATE) // count] for index in range(count)]
+
+
 class Gate:
     """The held-out latents. `measure` with the losses of a model."""
 
@@ -36,7 +41,7 @@ class Gate:
         by_label = {one.label: one for one in chosen}
         self._captions: dict[str, list[str]] = {}
         self._latents: dict[str, Tensor] = {}
-        gate = [GATE[index * len(GATE) // words] for index in range(words)]
+        gate = words_of(words)
         known = [HELD_OUT[index * len(HELD_OUT) // words] for index in range(words)]
         for name, style, labels in (("noto", styles.NOTO, gate), *((style.name, style, gate) for style in styles.UNSEEN),
                                    ("noto, shown", styles.NOTO, known)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -30,17 +30,19 @@ from tools import styles
 
 Encode = Callable[[Tensor], Tensor]
 """Pixels [B, 3, 128, 128] in [-1, 1] to the UNet's latents [B, 4, 16, 16]."""
-WEIGHT_OF_ASKED, WEIGHT_OF_NOTO = 2.0, 3.0
+WEIGHT_OF_ASKED, WEIGHT_OF_NOTO = 2.0, 4.0
 """How often the demo's and the benchmark's words are drawn, another word being 1; Noto's pictures, another style's being 1."""
 TREATED, TREATED_TWICE, GROUNDED, TURNED, MIRRORED, SMALL, MOVED, MOST_MOVED = 0.4, 0.15, 0.3, 0.15, 0.15, 0.1, 0.5, 4
 
 
 class TrainingImages:
-    """All shared words in every style that the model learns from, without what the gate holds back."""
+    """Words in every style that the model learns from, without what the gate holds back."""
 
-    def __init__(self, packages: Path, encode: Encode) -> None:
-        """`packages`: where npm's packages are, or are put."""
-        self._emoji, drawn = styles.shared(packages, always=ASKED)
+    def __init__(self, packages: Path, encode: Encode, *, every_word: bool, gate_words: Collection[str]) -> None:
+        """`packages`: where npm's packages are, or are put. `every_word`: all shared ones, or only those that the demo, the
+        benchmark and the gate ask for."""
+        shared, drawn = styles.shared(packages, always=ASKED)
+        self._emoji = [one for one in shared if every_word or one.label in ASKED or one.label in gate_words]
         self._encode = encode
         self._by_word = [[(style, drawn[style][one.label]) for style in drawn if one.label in drawn[style]
                           and not (style == styles.NOTO.name and one.label in GATE)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -56,17 +58,24 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def built(host: StandaloneHost, changed: Mapping[str, torch.Tensor] = MappingProxyType({})) -> frozen.FrozenModel:
+    """The trainer's model of the checkpoint, with other tensors in the UNet."""
+    with host.lease() as leased:
+        tensors = {name: tensor.float() for name, tensor in leased.tensors.items()}
+        tensors |= {f"{control.PREFIX}{name}": tensor for name, tensor in changed.items()}
+        return frozen.build(tensors, hints=leased.hints, tokenizers=leased.tokenizers)
+
+
 @pytest.fixture(scope="module")
 def ours(host) -> frozen.FrozenModel:
-    with host.lease() as leased:
-        return frozen.build({name: tensor.float() for name, tensor in leased.tensors.items()}, hints=leased.hints,
-                            tokenizers=leased.tokenizers)
+    return built(host)
 
 
 @pytest.fixture(scope="module")
 def theirs() -> control.Models:
     """With a LoRA of random weights."""
-    models = control.load_models(CHECKPOINT, rank=RANK, alpha=ALPHA)
+    models = control.load_models(CHECKPOINT)
+    control.add_lora(models, rank=RANK, alpha=ALPHA)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in models.unet.named_parameters():
         if "lora_B" in name:
@@ -88,8 +97,9 @@ def trained(host, few) -> Path:
 @torch.no_grad()
 def test_a_checkpoint_becomes_the_model_that_the_trainer_has(ours):
     x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([30, 900]), torch.randn(2, 77, 48)
-    unet = control.load_models(CHECKPOINT, rank=RANK, alpha=ALPHA).unet  # with the LoRA that changes nothing
-    assert error(unet(x, t, context).sample, ours.unet(x, t, context)) < 1e-4
+    models = control.load_models(CHECKPOINT)
+    control.add_lora(models, rank=RANK, alpha=ALPHA)  # it changes nothing
+    assert error(models.unet(x, t, context).sample, ours.unet(x, t, context)) < 1e-4
 
 
 def test_images_and_captions_become_the_same_latents_and_conditions(ours, theirs, host, few):
@@ -151,6 +161,25 @@ def test_the_loss_on_what_it_was_shown_falls_at_every_timestep(trained, sampler,
     assert all(after[t] < before[t] for t in before)
 
 
+@torch.no_grad()
+def test_the_whole_unet_is_trained_and_its_checkpoint_is_the_model_that_diffusers_trained(ours, host, few, tmp_path):
+    unet = control.load_models(CHECKPOINT).unet
+    for parameter in unet.parameters():
+        parameter += 0.3 * parameter.std(correction=0) * torch.randn_like(parameter)
+    x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([30, 900]), torch.randn(2, 77, 48)
+    moved = unet(x, t, context).sample
+    assert error(built(host, control.ldm_tensors(CHECKPOINT, unet)).unet(x, t, context), moved) < 1e-4
+    assert error(ours.unet(x, t, context), moved) > 0.01
+
+    path = control.fine_tune(CHECKPOINT, settings=settings_of({"train_batch_size": 2}), data=few, trigger_word=TRIGGER,
+                             target=tmp_path / "whole.safetensors", steps=2)
+    before, after = (Sampler(StandaloneHost(file, lora_folder=tmp_path, runs_folder=tmp_path)) for file in (CHECKPOINT, path))
+    _, captions, pixels = read_dataset(few)
+    prompts = [f"{TRIGGER}, {caption}" for caption in captions[:2]]
+    first, then = (sampler.held_out_loss(pixels[:2], prompts, timesteps=(150, 650)) for sampler in (before, after))
+    assert all(then[t] < first[t] for t in first)
+
+
 def test_the_same_seed_gives_the_same_file_and_the_programs_random_state_stays(few, tmp_path):
     state, paths = torch.get_rng_state(), [tmp_path / f"{number}.safetensors" for number in range(3)]
     for path, seed in zip(paths, (1, 1, 2), strict=True):
@@ -197,4 +226,4 @@ def test_a_dataset_or_a_checkpoint_that_it_cannot_use_is_refused(tmp_path, their
     with pytest.raises(DatasetError, match="128×128"):
         control.encoded(theirs, tmp_path, trigger_word="")
     with pytest.raises(ModelError, match="none.safetensors"):
-        control.load_models(tmp_path / "none.safetensors", rank=1, alpha=1.0)
+        control.load_models(tmp_path / "none.safetensors")

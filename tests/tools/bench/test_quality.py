@@ -47,14 +47,15 @@ def few(tmp_path, monkeypatch) -> Path:
 def test_the_headline_stands_between_its_floor_and_its_ceiling_after_the_gates(few, host, tmp_path):
     real = real_images.load()
     plan = QualityPlan(tmp_path / "out", packages=tmp_path, extent=HASTE, subject=few, steps=1, subject_steps=1,
-                       changes={"network_dim": "2"})
+                       changes={"network_dim": "2"}, varied={"learning_rate=1e-3": {"learning_rate": "1e-3"}})
     done = run_quality(plan, host, say=lambda text: None)
-    assert [row.what for row in done.headlines] == ["real, after the VAE", "model alone, CFG 2", "LoRA, CFG 2"] * 4
+    assert [row.what for row in done.headlines] == [
+        "real, after the VAE", "model alone, CFG 2", "LoRA, CFG 2", "learning_rate=1e-3, CFG 2"] * 4
     assert all(row.both <= min(row.style, row.word) for row in done.headlines)
     lora, alone = done.headlines[2], done.headlines[1]
     assert lora.gain == pytest.approx(lora.both - alone.both)
     text = (tmp_path / "out" / "quality.md").read_text(encoding="utf-8")
-    assert 0 < text.index("### Gates") < text.index("### Headline") < text.index("### Subject")
+    assert 0 < text.index("### Gates") < text.index("### Headline") < text.index("### Subjects")
     assert "Not to be quoted" in text
     figures = json.loads((tmp_path / "out" / "quality.json").read_text(encoding="utf-8"))
     assert list(figures["gates"]) == list(styled_images.GRADED) and figures["settings"]["network_dim"] == "2"
@@ -62,11 +63,12 @@ def test_the_headline_stands_between_its_floor_and_its_ceiling_after_the_gates(f
     assert sorted(path.stem for path in (tmp_path / "out" / "data" / "sticker").glob("*.png")) == sorted(
         word.replace(" ", "-") for word in real.words_of("style"))
     # The pose that is kept back is not trained on.
-    assert sorted(path.stem for path in (tmp_path / "out" / "subject").glob("*.png")) == sorted(
+    assert sorted(path.stem for path in (tmp_path / "out" / "subject" / "character").glob("*.png")) == sorted(
         path.stem for path in few.glob("*.png"))[:3]
-    assert [row.what for row in done.subject] == ["real ones of the subject", "real emoji (mistaken)", "model alone, CFG 2",
-                                                  "LoRA, CFG 2"]
-    assert all((tmp_path / "out" / f"{name}.png").is_file() for name in (*styled_images.GRADED, "subject"))
+    assert [(row.subject, row.what) for row in done.subject] == [
+        (subject, what) for subject in ("character", "jug")
+        for what in ("real ones", "real emoji (mistaken)", "model alone, CFG 2", "LoRA, CFG 2")]
+    assert all((tmp_path / "out" / f"{name}.png").is_file() for name in (*styled_images.GRADED, "character", "jug"))
 
 
 def test_a_missing_dataset_is_told_before_anything_is_fitted(host, tmp_path, few):

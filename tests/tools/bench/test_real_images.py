@@ -14,6 +14,7 @@ from tools.bench.real_images import (
     OTHER,
     STYLE,
     STYLES,
+    TEST,
     TWEMOJI,
     RealImages,
     load,
@@ -28,7 +29,7 @@ def real() -> RealImages:
 
 
 def test_every_word_is_there_once_in_both_styles(real):
-    assert [len(real.words_of(split)) for split in (STYLE, HELD_OUT, OTHER)] == [24, 64, 168]
+    assert [len(real.words_of(split)) for split in (STYLE, HELD_OUT, TEST, OTHER)] == [24, 64, 32, 136]
     assert len(set(real.words)) == 256
     assert all(real.pixels[style].shape == (256, 3, 128, 128) for style in STYLES)
 
