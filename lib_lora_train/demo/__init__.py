@@ -22,6 +22,7 @@ from lib_lora_train.settings.field import Value
 from lib_lora_train.studio.operations import SAMPLES
 
 STYLE, SUBJECT = SAMPLES["style"], SAMPLES["subject"]
+BLUEPRINT = Path(__file__).parent / "blueprint"
 NAME = "twemoji-style"
 # No trigger word: a style is wanted in every image.
 SETTINGS: dict[str, Value] = {

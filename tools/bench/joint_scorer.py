@@ -71,10 +71,9 @@ class JointScorer:
     def __init__(self, sampler: Sampler, images: StyledImages, extent: Extent) -> None:
         self.images, self.extent = images, extent
         split = dict(zip(images.words, images.splits, strict=True))
-        held_out = [word for word in images.words if split[word] in (HELD_OUT, TEST)]
-        self.words = [word for word in held_out if (split[word] == TEST) == extent.test][::extent.every]
-        self._among = torch.tensor([images.words.index(word) for word in held_out])
-        learnt = [word for word in images.words if word not in held_out]
+        self._known = [word for word in images.words if split[word] in (HELD_OUT, TEST)]
+        self.words = [word for word in self._known if (split[word] == TEST) == extent.test][::extent.every]
+        learnt = [word for word in images.words if word not in self._known]
         shown = {style: images.of(style, learnt)[1] for style in images.images}
         repainted = {style: _repainted(sampler, pixels, extent.repainted) for style, pixels in shown.items()}
         shown |= {style: torch.cat([shown[style], more]) for style, more in images.more.items()}
@@ -82,10 +81,10 @@ class JointScorer:
         asked = [word for word in learnt if split[word] == STYLE][::extent.every]
         painted = torch.cat([_sampled(sampler, asked, scale) for scale in PAINTED_AT])
         self._style = StyleClassifier.fit({**shown, PAINTED: painted}, extent.style, seed=SEED)
-        self._views = {style: views(pixels, extent.word.variants, seed=SEED) for style, (_, pixels) in images.images.items()}
+        self._views = {style: self._views_of(style) for style in images.images}
         self._word = self._word_scorer(list(images.images))
         self.gates = dict(zip(GRADED, zip(self._style_gates(sampler), self._word_gates(), strict=True), strict=True))
-        self.own = self._known(self._word, self.words, sampler.sample(self.words, cfg_scale=OWN_AT))
+        self.own = self._share_known(self._word, self.words, sampler.sample(self.words, cfg_scale=OWN_AT))
 
     def right(self, style: str, pixels: torch.Tensor, words: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """bool [N] each, for images [N, 3, 128, 128] that were asked for `words` (held-out ones): style, word."""
@@ -96,22 +95,23 @@ class JointScorer:
         return self._word.features(pixels)
 
     def _word_scorer(self, styles: Sequence[str]) -> WordScorer:
-        labels = torch.cat([self.images.images[style][0] for style in styles])
-        return WordScorer.fit(torch.cat([self._views[style] for style in styles], 1), labels, self.extent.word, seed=SEED)
+        labels, shown = zip(*(self._views[style] for style in styles), strict=True)
+        return WordScorer.fit(torch.cat(shown, 1), torch.cat(labels), self.extent.word, seed=SEED)
+
+    def _views_of(self, style: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The words' numbers, and how they are drawn."""
+        words, pixels = self.images.of(style, self._known)
+        return torch.tensor([self._known.index(word) for word in words]), views(pixels, self.extent.word.variants, seed=SEED)
 
     def _word_gates(self) -> list[WordGate]:
         """By one scorer that saw none of the graded styles."""
         others = self._word_scorer([style for style in self.images.images if style not in GRADED])
-        gates = []
-        for style in GRADED:
-            gates.append(WordGate(style, self._known(others, *self.images.of(style, self.words))))
-        return gates
+        return [WordGate(style, self._share_known(others, *self.images.of(style, self.words))) for style in GRADED]
 
     def _named(self, scorer: WordScorer, words: Sequence[str], pixels: torch.Tensor) -> torch.Tensor:
-        asked = torch.tensor([self.images.words.index(word) for word in words])
-        return self._among[scorer.word(pixels, self._among)] == asked
+        return scorer.word(pixels) == torch.tensor([self._known.index(word) for word in words])
 
-    def _known(self, scorer: WordScorer, words: Sequence[str], pixels: torch.Tensor) -> float:
+    def _share_known(self, scorer: WordScorer, words: Sequence[str], pixels: torch.Tensor) -> float:
         return float(self._named(scorer, words, pixels).float().mean())
 
     def _style_gates(self, sampler: Sampler) -> list[StyleGate]:

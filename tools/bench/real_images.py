@@ -55,7 +55,16 @@ def load(folder: Path = FOLDER) -> RealImages:
     entries = json.loads((folder / "words.json").read_text(encoding="utf-8"))
     return RealImages(
         words=tuple(entry["word"] for entry in entries), splits=tuple(entry["split"] for entry in entries),
-        pixels={style: enlarged(_tiles(folder / f"{style}.png", len(entries))) for style in STYLES})
+        pixels={style: enlarged(_on_paper(drawings(style, folder))) for style in STYLES})
+
+
+def drawings(style: str, folder: Path = FOLDER) -> list[Image.Image]:
+    """The words' images in one style as they were drawn: RGBA, 64 pixels."""
+    count = len(json.loads((folder / "words.json").read_text(encoding="utf-8")))
+    with Image.open(folder / f"{style}.png") as file:
+        sheet = file.convert("RGBA")
+    corners = [(index % COLUMNS * TILE, index // COLUMNS * TILE) for index in range(count)]
+    return [sheet.crop((left, top, left + TILE, top + TILE)) for left, top in corners]
 
 
 def enlarged(papers: torch.Tensor) -> torch.Tensor:
@@ -78,15 +87,12 @@ def to_image(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray((pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
 
 
-def _tiles(sheet: Path, count: int) -> torch.Tensor:
-    """uint8 [count, 72, 72, 3]: each tile in the middle of its white paper."""
+def _on_paper(images: list[Image.Image]) -> torch.Tensor:
+    """uint8 [N, 72, 72, 3]: each image in the middle of its white paper."""
     papers, margin = [], (PAPER - TILE) // 2
-    with Image.open(sheet) as file:
-        image = file.convert("RGBA")
-    for index in range(count):
-        left, top = index % COLUMNS * TILE, index // COLUMNS * TILE
+    for image in images:
         paper = Image.new("RGBA", (PAPER, PAPER), "white")
-        paper.alpha_composite(image.crop((left, top, left + TILE, top + TILE)), (margin, margin))
+        paper.alpha_composite(image, (margin, margin))
         papers.append(np.asarray(paper.convert("RGB")))
     return torch.from_numpy(np.stack(papers))
 

@@ -60,9 +60,9 @@ class WordScorer:
         return F.normalize(torch.cat([sum(map(network.features, shown)) for network in self._networks], 1), dim=1)
 
     @torch.no_grad()
-    def word(self, pixels: Tensor, among: Tensor) -> Tensor:
-        """int64 [N]: the most likely word of each image, as a position in `among` (the words' numbers)."""
-        directions = torch.cat([network.directions[among] for network in self._networks], 1)
+    def word(self, pixels: Tensor) -> Tensor:
+        """int64 [N]: the number of the most likely word of each image."""
+        directions = torch.cat([network.directions for network in self._networks], 1)
         return (self.features(pixels) @ directions.T).argmax(dim=1)
 
 
@@ -111,9 +111,10 @@ def on_white(pixels: Tensor) -> Tensor:
 
 def _varied(plain: Tensor, generator: torch.Generator) -> Tensor:
     """As somebody else might draw it; then moved, turned, tinted, blurred."""
-    chance = torch.rand(len(plain), 1, 1, 1, generator=generator)
+    chance, bold = torch.rand(2, len(plain), 1, 1, 1, generator=generator)
     edges = F.max_pool2d(plain, 3, 1, 1) + F.max_pool2d(-plain, 3, 1, 1)
-    lines = 1 - (4 * (edges.amax(1, keepdim=True) - 0.08)).clamp(0, 1).expand(-1, 3, -1, -1)
+    thin = 1 - (4 * (edges.amax(1, keepdim=True) - 0.08)).clamp(0, 1)
+    lines = torch.where(bold < 0.5, thin, -F.max_pool2d(-thin, 3, 1, 1)).expand(-1, 3, -1, -1)
     orders = torch.stack([torch.randperm(3, generator=generator) for _ in plain])
     x = torch.where(chance < _OTHER_HUES, plain.gather(1, orders[:, :, None, None].expand_as(plain)), plain)
     x = torch.where(chance < _LINED, torch.minimum(plain, lines), x)

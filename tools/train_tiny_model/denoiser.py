@@ -23,7 +23,7 @@ from training_images import TrainingImages
 from lib_lora_train.model.frozen import FrozenModel
 from lib_lora_train.model.sd.tokens import Tokenizer, clip_tokenizer
 
-LEARNING_RATE, WARM_UP, COOL_DOWN, BATCH, SMALL_BATCH, DECAY = 1e-3, 50, 0.25, 32, 64, 0.9995
+LEARNING_RATE, WARM_UP, COOL_DOWN, BATCH, SMALL_BATCH, DECAY = 1e-3, 50, 0.25, 32, 64, 0.998
 # ε-loss divided by ᾱ is v-loss. A small network that is to be done soon needs more of it at high noise, where it is
 # decided what the image shows; but not hundredfold.
 HIGHEST_WEIGHT = 8.0

@@ -32,7 +32,7 @@ Encode = Callable[[Tensor], Tensor]
 """Pixels [B, 3, 128, 128] in [-1, 1] to the UNet's latents [B, 4, 16, 16]."""
 WEIGHT_OF_ASKED, WEIGHT_OF_NOTO = 2.0, 4.0
 """How often the demo's and the benchmark's words are drawn, another word being 1; Noto's pictures, another style's being 1."""
-TREATED, TREATED_TWICE, GROUNDED, TURNED, MIRRORED, SMALL, MOVED, MOST_MOVED = 0.4, 0.15, 0.3, 0.15, 0.15, 0.1, 0.5, 4
+TREATED, TREATED_TWICE, GROUNDED, TURNED, MIRRORED, SMALL, MOVED, MOST_MOVED = 0.4, 0.1, 0.3, 0.12, 0.12, 0.08, 0.2, 4
 
 
 class TrainingImages:

@@ -1,23 +1,30 @@
-"""A short training in Twemoji's style, from the dataset to the file: what the file has learnt.
+"""Short trainings, from the dataset to the file: what the file has learnt.
 
-`bench quality` asks this of sampled images, this test asks the model's loss, in seconds: images that were trained on are easier
-to denoise than before, and of words that nobody trained on Twemoji's images gain more than Noto's.
+In Twemoji's style the model's loss is asked, in seconds: images that were trained on are easier to denoise than before, and of
+words that nobody trained on Twemoji's images gain more than Noto's. In blueprint's the sampled images are asked, as `bench
+quality` asks them: style and word are right in words that it was not trained on, and were not without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
+from lib_lora_train.demo import BLUEPRINT as BLUEPRINTS
 from lib_lora_train.demo import STYLE
 from lib_lora_train.demo.embedded import CHECKPOINT
 from lib_lora_train.host.standalone import StandaloneHost
 from tools.bench.joint_scorer import TRIGGER
-from tools.bench.real_images import HELD_OUT, NOTO, TWEMOJI, load, read_dataset
+from tools.bench.real_images import HELD_OUT, NOTO, OTHER, STYLES, TWEMOJI, drawings, load, read_dataset
+from tools.bench.real_images import STYLE as STYLE_WORDS
 from tools.bench.sampler import Sampler
+from tools.bench.style_scorer import StyleClassifier, StyleEffort
+from tools.bench.styled_images import BLUEPRINT, blueprint
 from tools.bench.training import settings_of, train_lora
+from tools.bench.word_scorer import WordEffort, WordScorer, views
 
 STEPS, RATE = 8, 3e-3  # much is learnt soon, if not for good
 TIMESTEPS = (150, 650)
@@ -57,3 +64,28 @@ def test_on_words_nobody_trained_on_twemojis_images_gain_more_than_notos(losses)
 
     twemoji, noto = gained(TWEMOJI), gained(NOTO)
     assert all(twemoji[t] > noto[t] for t in TIMESTEPS)
+
+
+def test_in_blueprint_style_and_word_are_right_where_they_were_not_without_it(tmp_path):
+    real, drawn = load(), drawings(NOTO)
+    words = real.words_of(HELD_OUT)[::4]
+    other, asked = real.indices(OTHER).tolist(), [real.words.index(word) for word in words]
+    blue = torch.from_numpy(np.stack([blueprint(image) for image in drawn])).permute(0, 3, 1, 2) / 255
+    host = StandaloneHost(CHECKPOINT, lora_folder=tmp_path / "loras", runs_folder=tmp_path / "runs")
+    sampler, prompts = Sampler(host, steps=10), [f"{TRIGGER}, {word}" for word in words]
+    alone = sampler.sample(prompts)
+    style = StyleClassifier.fit(
+        {BLUEPRINT: blue[other], **{name: real.pixels[name][other] for name in STYLES},
+         "the model's own": sampler.sample([f"{TRIGGER}, {word}" for word in real.words_of(STYLE_WORDS)])},
+        StyleEffort(steps=120, fits=1), seed=0)
+    shown = torch.cat([blue[asked], *(real.pixels[name][asked] for name in STYLES)])
+    word = WordScorer.fit(views(shown, 1, seed=0), torch.arange(len(words)).repeat(3), WordEffort(steps=200, fits=1), seed=0)
+    file = train_lora(host, settings=settings_of({"learning_rate": 2e-3, "network_dim": 16, "network_alpha": 16.0}),
+                      data=BLUEPRINTS, trigger_word=TRIGGER, name="blue", steps=64, wanted=(64,), say=lambda text: None)[64]
+    painted = sampler.sample(prompts, sampler.lora(file, weight=1.0))
+
+    def both(pixels: torch.Tensor) -> float:
+        return float((style.is_in(BLUEPRINT, pixels) & (word.word(pixels) == torch.arange(len(words)))).float().mean())
+
+    assert both(blue[asked]) > 0.9
+    assert both(alone) < 0.1 and both(painted) > 0.5
