@@ -43,8 +43,10 @@ def run_quality(chosen: argparse.Namespace) -> int:
     from tools.bench import joint_scorer, quality
 
     steps = chosen.steps if chosen.steps is not None else 60 if chosen.quick else quality.STEPS
-    if steps < 1:
-        raise SettingError(f"--steps {steps} is not possible", why="there must be at least one")
+    for name, number in (("steps", steps), ("runs", chosen.runs), ("seeds", chosen.seeds)):
+        if number is not None and number < 1:
+            raise SettingError(f"--{name} {number} is not possible", why="there must be at least one")
+    extent = joint_scorer.QUICK if chosen.quick else joint_scorer.THOROUGH
     checkpoint = chosen.checkpoint or CHECKPOINT
     describe_file(checkpoint)  # a wrong one is refused before anything is read
     # Sixteen images are sampled at once, which two threads share well; more would wait for each other.
@@ -52,7 +54,8 @@ def run_quality(chosen: argparse.Namespace) -> int:
     plan = quality.QualityPlan(
         output=chosen.out, steps=steps, subject_steps=max(1, min(steps // 2, quality.SUBJECT_STEPS)),
         packages=chosen.packages or chosen.out / "packages",
-        extent=dataclasses.replace(joint_scorer.QUICK if chosen.quick else joint_scorer.THOROUGH, test=chosen.test),
+        extent=dataclasses.replace(
+            extent, test=chosen.test, runs=chosen.runs or extent.runs, seeds=chosen.seeds or extent.seeds),
         control=checkpoint if chosen.control else None, subject=None if chosen.no_subject else quality.SUBJECT,
         changes=dict(assignment(text) for text in chosen.set), varied=_varied(chosen.vary))
     host = StandaloneHost(checkpoint, lora_folder=chosen.out / "loras", runs_folder=chosen.out / "runs")

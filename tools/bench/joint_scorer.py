@@ -28,8 +28,8 @@ SEED = 7
 @dataclasses.dataclass(frozen=True)
 class Extent:
     """How much is measured: the efforts of the scorers' fits; how many real images of each style are also learnt from as good
-    copies might be painted; whether the test's words are asked for in place of the held-out ones; every n-th of them; seeds a
-    word; seeds of the training; guidance scales; the sampler's steps."""
+    copies might be painted; whether the test's words are asked for in place of the held-out ones; every n-th of them; images of
+    each; trainings, which differ in their seed; guidance scales; the sampler's steps."""
 
     style: StyleEffort = StyleEffort()
     word: WordEffort = WordEffort()

@@ -33,7 +33,7 @@ class QualityPlan:
     out), `control` the checkpoint that diffusers trains too, as a LoRA and whole (None leaves that out). `varied` are other
     values of one setting each, {"learning_rate=1e-3": {"learning_rate": "1e-3"}}, with lines of their own.
 
-    An `extent` less than THOROUGH is to see whether it works, not to be quoted.
+    An `extent` whose scorers are fitted with less effort than THOROUGH's is to see whether it works, not to be quoted.
     """
 
     output: Path
@@ -53,7 +53,7 @@ class Quality:
 
     checkpoint: str
     settings: dict[str, object]
-    thorough: bool
+    extent: Extent
     torch: str
     seconds: float
     gates: dict[str, tuple[StyleGate, WordGate]]
@@ -89,12 +89,12 @@ def run_quality(plan: QualityPlan, host: Host, *, say: Say) -> Quality:
     subjects = {"character": plan.subject, "jug": jug.draw(plan.output / "data" / "jug")} if plan.subject else {}
     subject = [row for name, data in subjects.items() for row in measure_subject(
         host, sampler, scorer, name=name, data=data, output=plan.output, settings=settings, steps=plan.subject_steps, say=say)]
-    checkpoint, thorough = host.checkpoint(), dataclasses.replace(plan.extent, test=False) == joint_scorer.THOROUGH
+    checkpoint = host.checkpoint()
     quality = Quality(
-        checkpoint=checkpoint.title if checkpoint else "", settings=dict(settings), thorough=thorough, torch=torch.__version__,
+        checkpoint=checkpoint.title if checkpoint else "", settings=dict(settings), extent=plan.extent, torch=torch.__version__,
         seconds=time.monotonic() - begin, gates=scorer.gates, own=scorer.own, headlines=headlines, subject=subject)
-    parts = [table.intro_text(settings=quality.settings, checkpoint=quality.checkpoint, thorough=thorough,
-                              seconds=quality.seconds),
+    parts = [table.intro_text(settings=quality.settings, checkpoint=quality.checkpoint, extent=plan.extent,
+                              words=len(scorer.words), seconds=quality.seconds),
              gates_text, table.headlines_text(headlines, scorer.gates, steps=plan.steps)]
     if subject:
         parts.append(table.subject_text(subject, steps=plan.subject_steps))

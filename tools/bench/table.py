@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tools.bench.headline import HeadlineRow
-from tools.bench.joint_scorer import LEAST_KNOWN, LEAST_OWN, OWN_AT, WordGate
+from tools.bench.joint_scorer import LEAST_KNOWN, LEAST_OWN, OWN_AT, THOROUGH, Extent, WordGate
 from tools.bench.report import grid, share
 from tools.bench.style_scorer import LEAST_RIGHT, MOST_PAINTED, StyleGate
 from tools.bench.subject import SubjectRow
 
 
-def intro_text(*, settings: Mapping[str, object], checkpoint: str, thorough: bool, seconds: float) -> str:
+def intro_text(*, settings: Mapping[str, object], checkpoint: str, extent: Extent, words: int, seconds: float) -> str:
     """What was measured with what."""
     chosen = ", ".join(f"{name} {value}" for name, value in settings.items())
-    said = f"Model {checkpoint}; {chosen}. Made in {seconds / 60:.1f} minutes."
-    return said if thorough else ("**A quick run: few words, and scorers fitted with few steps. Not to be quoted.**"
-                                  f"\n\n{said}")
+    said = (f"Model {checkpoint}; {chosen}. {'Test' if extent.test else 'Held-out'} words: {words}; images a word: "
+            f"{extent.seeds}; runs: {extent.runs}; sampler steps: {extent.sampler_steps}. Made in {seconds / 60:.1f} minutes.")
+    if (extent.style, extent.word) == (THOROUGH.style, THOROUGH.word):
+        return said
+    return f"**A quick run: few words, and scorers fitted with few steps. Not to be quoted.**\n\n{said}"
 
 
 def gates_text(gates: Mapping[str, tuple[StyleGate, WordGate]], own: float) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from tools.bench.headline import HeadlineRow
-from tools.bench.joint_scorer import WordGate
+from tools.bench.joint_scorer import QUICK, THOROUGH, WordGate
 from tools.bench.style_scorer import StyleGate
 from tools.bench.subject import SubjectRow
 from tools.bench.table import gates_text, headlines_text, intro_text, subject_text
@@ -18,9 +20,10 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_head_and_they_line_up():
 
 
 def test_a_quick_run_is_told():
-    quick, thorough = (intro_text(settings={"network_dim": 8}, checkpoint="emoji", thorough=thorough, seconds=600.0)
-                       for thorough in (False, True))
+    quick, thorough = (intro_text(settings={"network_dim": 8}, checkpoint="emoji", extent=extent, words=64, seconds=600.0)
+                       for extent in (QUICK, dataclasses.replace(THOROUGH, runs=2, test=True)))
     assert "Not to be quoted" in quick and "Not to be quoted" not in thorough
+    assert "Held-out words: 64" in quick and "Test words: 64; images a word: 4; runs: 2" in thorough
 
 
 def test_what_a_failed_gate_stands_before_is_struck_through_and_nothing_else():
