@@ -4,8 +4,8 @@
     const TAKEN = "image/*,.png,.jpg,.jpeg,.webp,.bmp,.gif,.tif,.tiff,.zip,.txt,.caption,.json,.jsonl", UPLOADS = 3, MOST_SAID = 5;
     // Sets of pictures that come with the extension: what the server calls each, and the dataset that is made of it.
     const SAMPLES = [{
-        set: "style", name: "twemoji style", trigger: "twemoji", words: "24 emoji in one style",
-        help: "Twemoji (CC BY 4.0), with captions",
+        set: "style", name: "sticker style", trigger: "sticker", words: "24 stickers in one style",
+        help: "Noto Emoji (Apache 2.0) made into stickers, with captions",
     }, {
         set: "subject", name: "zorbi", trigger: "zorbi", words: "12 drawings of a character",
         help: "A drawn creature in twelve scenes, with captions",

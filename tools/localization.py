@@ -44,7 +44,7 @@ NO_TEXTS = frozenset({
     "sd version", "lora train", "can't allocate memory", "kohya locon", "Negative prompt: {negative_prompt}", "not known",
     "no valid execution plans", "unable to find an engine to execute this computation", "not enough memory", "out of memory",
     "{value}. {text}{translated}", "Train LoRA stays in English:", "None",
-    "{trigger}, {folder}, {name}", "too slow", "no effect", "Plan", "Restore", "Fill", "Enqueue", "twemoji style"})
+    "{trigger}, {folder}, {name}", "too slow", "no effect", "Plan", "Restore", "Fill", "Enqueue", "sticker style"})
 """Keys of files, of browsers and of other programs, a dataset's name, and parts that nobody sees, which look like words."""
 JOINTS = ("{first} {second}", "{first} · {second}", "{first}; {second}", "{first}: {second}", "{first}, {second}",
           "{first} and {second}", "{sentence}.", "{label} ({setting})")

@@ -2,8 +2,8 @@
 
 It goes the same road as every run: a checkpoint file, a folder of images, `run_job`, a LoRA file; then it paints with
 and without that file, writes one image that shows both, and serves the page.
-The model paints emoji as Google draws them; the LoRA learns from 24 images how Twitter draws them, two of which are held out
-to measure on.
+The model paints emoji as Google draws them; the LoRA learns from 24 images, two of which are held out to measure on, to make
+stickers of them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from lib_lora_train.settings.field import Value
 from lib_lora_train.studio.operations import SAMPLES
 
 STYLE, SUBJECT = SAMPLES["style"], SAMPLES["subject"]
-BLUEPRINT = Path(__file__).parent / "blueprint"
-NAME = "twemoji-style"
+NAME = "sticker-style"
 # No trigger word: a style is wanted in every image.
 SETTINGS: dict[str, Value] = {
     "output_name": NAME, "overwrite": True, "train_data_dir": str(STYLE), "resolution": "128",

@@ -490,7 +490,7 @@ def test_a_double_click_brings_pictures_in_once(studio: StudioPage, tmp_path: Pa
     expect(studio.part("dataset").locator("option")).to_have_text(["emoji", "New dataset"])
 
 
-@pytest.mark.parametrize("sample, name, trigger", [("style", "twemoji style", "twemoji"), ("subject", "zorbi", "zorbi")])
+@pytest.mark.parametrize("sample, name, trigger", [("style", "sticker style", "sticker"), ("subject", "zorbi", "zorbi")])
 def test_an_empty_page_offers_sample_pictures_which_become_a_dataset_with_captions_and_trigger_word(
         studio: StudioPage, sample: str, name: str, trigger: str):
     captions = {path.stem: path.with_suffix(".txt").read_text(encoding="utf-8").strip()

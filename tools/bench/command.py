@@ -40,12 +40,14 @@ def run_quality(chosen: argparse.Namespace) -> int:
 
     from lib_lora_train.demo.embedded import CHECKPOINT
     from lib_lora_train.host.standalone import StandaloneHost, describe_file
-    from tools.bench import joint_scorer, quality
+    from tools.bench import joint_scorer, quality, styled_images
 
     steps = chosen.steps if chosen.steps is not None else 60 if chosen.quick else quality.STEPS
     for name, number in (("steps", steps), ("runs", chosen.runs), ("seeds", chosen.seeds)):
         if number is not None and number < 1:
             raise SettingError(f"--{name} {number} is not possible", why="there must be at least one")
+    if unknown := set(chosen.style) - set(styled_images.GRADED):
+        raise SettingError(f"There is no graded style {min(unknown)}", remedy=f"choose of {', '.join(styled_images.GRADED)}")
     extent = joint_scorer.QUICK if chosen.quick else joint_scorer.THOROUGH
     checkpoint = chosen.checkpoint or CHECKPOINT
     describe_file(checkpoint)  # a wrong one is refused before anything is read
@@ -53,7 +55,7 @@ def run_quality(chosen: argparse.Namespace) -> int:
     torch.set_num_threads(max(1, chosen.threads or min(2, torch.get_num_threads())))
     plan = quality.QualityPlan(
         output=chosen.out, steps=steps, subject_steps=max(1, min(steps // 2, quality.SUBJECT_STEPS)),
-        packages=chosen.packages or chosen.out / "packages",
+        packages=chosen.packages or chosen.out / "packages", styles=tuple(chosen.style) or styled_images.GRADED,
         extent=dataclasses.replace(
             extent, test=chosen.test, runs=chosen.runs or extent.runs, seeds=chosen.seeds or extent.seeds),
         control=checkpoint if chosen.control else None, subject=None if chosen.no_subject else quality.SUBJECT,

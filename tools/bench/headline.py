@@ -14,7 +14,7 @@ from tools.bench.joint_scorer import TRIGGER, JointScorer
 from tools.bench.real_images import STYLE
 from tools.bench.sampler import Sampler
 from tools.bench.sheet import save_sheet
-from tools.bench.styled_images import GRADED, write_dataset
+from tools.bench.styled_images import write_dataset
 from tools.bench.training import Say
 
 
@@ -44,15 +44,15 @@ Trainer = Callable[[Path, str, int], Sample]
 """Trains on a dataset's folder, under a name, with a seed; returns what samples with what was learnt."""
 
 
-def measure_headlines(sampler: Sampler, scorer: JointScorer, trainers: Mapping[str, Trainer], *, output: Path, say: Say
-                      ) -> list[HeadlineRow]:
-    """For each graded style: real images (the ceiling), the model alone (the floor) and what each of `trainers`, by name,
-    makes of it, at each guidance scale.
+def measure_headlines(sampler: Sampler, scorer: JointScorer, trainers: Mapping[str, Trainer], *, styles: Sequence[str],
+                      output: Path, say: Say) -> list[HeadlineRow]:
+    """For each of the graded `styles`: real images (the ceiling), the model alone (the floor) and what each of `trainers`, by
+    name, makes of it, at each guidance scale.
 
     Runs differ in their seed alone. A sheet of each style at the last guidance scale is written to `output`/STYLE.png: model,
     the first run of each, real images.
     """
-    return [row for style in GRADED for row in _of_style(sampler, scorer, style, trainers, output=output, say=say)]
+    return [row for style in styles for row in _of_style(sampler, scorer, style, trainers, output=output, say=say)]
 
 
 def _of_style(sampler: Sampler, scorer: JointScorer, style: str, trainers: Mapping[str, Trainer], *, output: Path, say: Say

@@ -89,6 +89,8 @@ def _add_quality(commands: argparse._SubParsersAction) -> None:
                          "reference line (AdamW, 1e-4, rank 8, alpha 4, cosine); may be repeated")
     quality.add_argument("--vary", action="append", default=[], metavar="NAME=VALUE,VALUE,…", help="other values of a setting, "
                          "each with a line of its own in the headline; may be repeated")
+    quality.add_argument("--style", action="append", default=[], metavar="NAME", help="one of the graded styles alone; may "
+                         "be repeated")
     quality.add_argument("--runs", type=int, help="trainings of each, which differ in their seed (3, quick 1)")
     quality.add_argument("--seeds", type=int, help="images of each word (4, quick 1)")
     quality.add_argument("--packages", type=Path, help="folder for npm's packages, fetched once (OUT/packages)")

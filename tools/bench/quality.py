@@ -39,6 +39,7 @@ class QualityPlan:
     output: Path
     packages: Path
     extent: Extent = joint_scorer.THOROUGH
+    styles: tuple[str, ...] = styled_images.GRADED
     subject: Path | None = SUBJECT
     control: Path | None = None
     steps: int = STEPS
@@ -85,7 +86,7 @@ def run_quality(plan: QualityPlan, host: Host, *, say: Say) -> Quality:
     if plan.control:
         trainers["LoRA by diffusers"] = functools.partial(_train_control, plan, sampler, plan.control, settings)
         trainers["whole UNet by diffusers"] = functools.partial(_fine_tune, plan, plan.control, settings)
-    headlines = measure_headlines(sampler, scorer, trainers, output=plan.output, say=say)
+    headlines = measure_headlines(sampler, scorer, trainers, styles=plan.styles, output=plan.output, say=say)
     subjects = {"character": plan.subject, "jug": jug.draw(plan.output / "data" / "jug")} if plan.subject else {}
     subject = [row for name, data in subjects.items() for row in measure_subject(
         host, sampler, scorer, name=name, data=data, output=plan.output, settings=settings, steps=plan.subject_steps, say=say)]

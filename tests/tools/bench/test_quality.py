@@ -85,6 +85,7 @@ def test_a_setting_of_the_benchmarks_own_is_refused_before_anything_is_read(host
 @pytest.mark.parametrize("more, word", [
     (["--checkpoint", "nowhere.safetensors"], "nowhere"), (["--set", "max_train_steps=3"], "--steps"),
     (["--set", "rank"], "name=value"), (["--steps", "0"], "--steps 0"), (["--runs", "0"], "--runs 0"),
+    (["--style", "oil"], "oil"),
     (["--vary", "rank=1,2"], "rank")])
 def test_bad_input_is_one_sentence_and_2(more, word, tiny_file, tmp_path, capsys):
     arguments = ["--checkpoint", str(tiny_file), "--out", str(tmp_path / "out"), *more]
