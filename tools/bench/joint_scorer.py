@@ -95,13 +95,12 @@ class JointScorer:
         return self._word.features(pixels)
 
     def _word_scorer(self, styles: Sequence[str]) -> WordScorer:
-        labels, shown = zip(*(self._views[style] for style in styles), strict=True)
-        return WordScorer.fit(torch.cat(shown, 1), torch.cat(labels), self.extent.word, seed=SEED)
+        return WordScorer.fit([self._views[style] for style in styles], self.extent.word, seed=SEED)
 
     def _views_of(self, style: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The words' numbers, and how they are drawn."""
+        """How the words are drawn, and their numbers."""
         words, pixels = self.images.of(style, self._known)
-        return torch.tensor([self._known.index(word) for word in words]), views(pixels, self.extent.word.variants, seed=SEED)
+        return views(pixels, self.extent.word.variants, seed=SEED), torch.tensor([self._known.index(word) for word in words])
 
     def _word_gates(self) -> list[WordGate]:
         """By one scorer that saw none of the graded styles."""

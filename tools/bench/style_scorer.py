@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tools.bench.augmentation import augmented, weathered
+from tools.bench.augmentation import augmented, weathered, without_rim
 
 LEAST_RIGHT, MOST_PAINTED = 0.95, 0.10
 """The gates: of real held-out images, however varied, and of the model's own paintings, at any guidance scale."""
@@ -59,24 +59,24 @@ class StyleClassifier:
     @classmethod
     def fit(cls, images: Mapping[str, torch.Tensor], effort: StyleEffort, *, seed: int) -> StyleClassifier:
         """Images [n, 3, h, h] in [0, 1], of 64 or 128 pixels, by style."""
-        known = [at_64(pixels) for pixels in images.values()]
+        known = [_seen(pixels) for pixels in images.values()]
         return cls(tuple(images), [_fitted(known, steps=effort.steps, seed=seed + number) for number in range(effort.fits)])
 
     @torch.no_grad()
     def is_in(self, style: str, pixels: torch.Tensor) -> torch.Tensor:
         """bool [N]: whether it is the likeliest for each of the images [N, 3, 128, 128]."""
-        x = at_64(pixels)
+        x = _seen(pixels)
         shares = torch.stack([(network(x) + network(x.flip(3))).div(2).softmax(1) for network in self._networks]).mean(0)
         return shares.argmax(1) == self.styles.index(style)
 
 
-def at_64(pixels: torch.Tensor) -> torch.Tensor:
-    """[N, 3, 64, 64]: about the size at which the real images were drawn."""
-    return F.avg_pool2d(pixels, pixels.shape[-1] // 64)
+def _seen(pixels: torch.Tensor) -> torch.Tensor:
+    """[N, 3, 58, 58] of images of 64 or 128 pixels: at about the size at which the real images were drawn, `without_rim`."""
+    return without_rim(F.avg_pool2d(pixels, pixels.shape[-1] // 64))
 
 
 class _Patches(nn.Module):
-    """One score a style: the mean over the image of the scores of patches of 19 of 64 pixels."""
+    """One score a style: the mean over the image of the scores of patches of 19 pixels."""
 
     def __init__(self, styles: int) -> None:
         super().__init__()

@@ -8,15 +8,18 @@ nothing but lines.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tools.bench.augmentation import augmented
+from tools.bench.augmentation import augmented, without_rim
 from tools.bench.features import contents
 
 WIDTH, BATCH, RATE, WEIGHT_DECAY, DROPPED = 256, 256, 2e-3, 0.05, 0.3
+GROUND = 0.1
+"""What differs by less from the ground is ground: a painted one is uneven."""
 SHARPNESS = 16.0
 """Cosines are multiplied by it before the softmax."""
 _LINES, _LINED, _OTHER_HUES = 0.25, 0.5, 0.7
@@ -36,34 +39,39 @@ def views(pixels: Tensor, variants: int, *, seed: int) -> Tensor:
     """[2 + variants, N, 1280] of what the images [N, 3, h, w] in [0, 1] show: as they are, mirrored, and varied."""
     generator = torch.Generator().manual_seed(seed)
     plain = on_white(pixels)
-    return torch.stack([contents(plain), contents(plain.flip(3)),
-                        *(contents(_varied(plain, generator)) for _ in range(variants))])
+    return torch.cat([_both_ways(pixels), *(contents(_varied(plain, generator))[None] for _ in range(variants))])
 
 
 class WordScorer:
-    """Make it with `fit`."""
+    """Make it with `fit`.
 
-    def __init__(self, networks: list[_Words]) -> None:
-        self._networks = networks
+    Features are counted from the mean of images in one style that show many words: what all of them share, lines, softness
+    or an uneven ground, tells no word.
+    """
+
+    def __init__(self, networks: list[_Words], mean: Tensor) -> None:
+        self._networks, self._mean = networks, mean
 
     @classmethod
-    def fit(cls, seen: Tensor, labels: Tensor, effort: WordEffort, *, seed: int) -> WordScorer:
-        """Fit on the `views` [V, N, 1280] of images of the words `labels` [N], numbered from 0."""
-        seen, labels = seen.flatten(0, 1), labels.repeat(len(seen))
-        return cls([_fitted(seen, labels, steps=effort.steps, seed=seed + number) for number in range(effort.fits)])
+    def fit(cls, styles: Sequence[tuple[Tensor, Tensor]], effort: WordEffort, *, seed: int) -> WordScorer:
+        """Fit on each style's `views` [V, N, 1280] and the words they show, numbered from 0, [N]."""
+        seen = torch.cat([(views - views.mean(1, keepdim=True)).flatten(0, 1) for views, _ in styles])
+        labels = torch.cat([words.repeat(len(views)) for views, words in styles])
+        mean = torch.cat([views.flatten(0, 1) for views, _ in styles]).mean(0)
+        return cls([_fitted(seen, labels, steps=effort.steps, seed=seed + number) for number in range(effort.fits)], mean)
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
         """[N, D] of length 1 for images [N, 3, h, w]; near for images of the same thing."""
-        plain = on_white(pixels)
-        shown = contents(plain), contents(plain.flip(3))
-        return F.normalize(torch.cat([sum(map(network.features, shown)) for network in self._networks], 1), dim=1)
+        seen = _both_ways(pixels) - self._mean
+        return F.normalize(torch.cat([network.features(seen).sum(0) for network in self._networks], 1), dim=1)
 
     @torch.no_grad()
     def word(self, pixels: Tensor) -> Tensor:
-        """int64 [N]: the number of the most likely word of each image."""
-        directions = torch.cat([network.directions for network in self._networks], 1)
-        return (self.features(pixels) @ directions.T).argmax(dim=1)
+        """int64 [N]: the number of the most likely word of each image. The images are in one style, and of many words."""
+        seen = _both_ways(pixels)
+        seen = seen - seen.mean(1, keepdim=True)
+        return torch.stack([network(seen).sum(0) for network in self._networks]).sum(0).argmax(dim=1)
 
 
 class _Words(nn.Module):
@@ -71,7 +79,7 @@ class _Words(nn.Module):
 
     def __init__(self, seen: Tensor, words: int) -> None:
         super().__init__()
-        self._mean, self._deviation = seen.mean(0), seen.std(0) + 1e-3
+        self._deviation = seen.std(0) + 1e-3
         self._dropout, self._layer = nn.Dropout(DROPPED), nn.Linear(seen.shape[1], WIDTH)
         self._words = nn.Parameter(torch.randn(words, WIDTH))
 
@@ -80,7 +88,7 @@ class _Words(nn.Module):
         return F.normalize(self._words, dim=1)
 
     def features(self, seen: Tensor) -> Tensor:
-        return F.normalize(self._layer(self._dropout((seen - self._mean) / self._deviation)), dim=1)
+        return F.normalize(self._layer(self._dropout(seen / self._deviation)), dim=-1)
 
     def forward(self, seen: Tensor) -> Tensor:
         return SHARPNESS * self.features(seen) @ self.directions.T
@@ -103,10 +111,19 @@ def _fitted(seen: Tensor, labels: Tensor, *, steps: int, seed: int) -> _Words:
     return network.eval()
 
 
+def _both_ways(pixels: Tensor) -> Tensor:
+    """[2, N, 1280]: of the images and of their mirror images."""
+    plain = on_white(pixels)
+    return torch.stack([contents(plain), contents(plain.flip(3))])
+
+
 def on_white(pixels: Tensor) -> Tensor:
-    """What differs from the ground, on white: images on white stay as they are, white lines on blue become dark ones."""
+    """What differs from the ground, on white and `without_rim`: images on white stay nearly as they are, white lines on blue
+    become dark ones."""
+    pixels = without_rim(pixels)
     rim = torch.cat([pixels[:, :, 0], pixels[:, :, -1], pixels[:, :, :, 0], pixels[:, :, :, -1]], dim=2)
-    return 1 - (pixels - rim.median(dim=2).values[:, :, None, None]).abs()
+    away = (pixels - rim.median(dim=2).values[:, :, None, None]).abs()
+    return 1 - (away - GROUND).clamp(min=0) / (1 - GROUND)
 
 
 def _varied(plain: Tensor, generator: torch.Generator) -> Tensor:

@@ -33,8 +33,9 @@ def test_in_blueprint_style_and_word_are_right_where_they_were_not_without_it(tm
         {BLUEPRINT: blue[other], **{name: real.pixels[name][other] for name in STYLES},
          PAINTED: sampler.sample([f"{TRIGGER}, {word}" for word in real.words_of(STYLE)[::2]])},
         StyleEffort(steps=100, fits=1), seed=0)
-    drawn = torch.cat([blue[asked], *(real.pixels[name][asked] for name in STYLES)])
-    word = WordScorer.fit(views(drawn, 1, seed=0), torch.arange(len(words)).repeat(3), WordEffort(steps=200, fits=1), seed=0)
+    drawn = [blue[asked], *(real.pixels[name][asked] for name in STYLES)]
+    word = WordScorer.fit([(views(each, 1, seed=0), torch.arange(len(words))) for each in drawn],
+                          WordEffort(steps=200, fits=1), seed=0)
 
     def both_right(pixels: torch.Tensor) -> float:
         return float((style.is_in(BLUEPRINT, pixels) & (word.word(pixels) == torch.arange(len(words)))).float().mean())

@@ -22,7 +22,7 @@ def real() -> RealImages:
 @pytest.fixture(scope="module")
 def words(real) -> WordScorer:
     """It was shown a dozen of the held-out words as Noto draws them, and nothing else."""
-    return WordScorer.fit(views(real.pixels_of(NOTO, HELD_OUT)[:WORDS], 2, seed=0), torch.arange(WORDS),
+    return WordScorer.fit([(views(real.pixels_of(NOTO, HELD_OUT)[:WORDS], 2, seed=0), torch.arange(WORDS))],
                           WordEffort(steps=60, fits=1), seed=0)
 
 
@@ -36,12 +36,13 @@ def test_a_word_is_known_as_somebody_else_draws_it(words, real):
 
 def test_the_colour_of_the_ground_tells_no_word(real):
     image = real.pixels_of(NOTO, HELD_OUT)[:1]
-    assert torch.allclose(on_white(image), image)
+    assert (on_white(image) - image[:, :, 6:-6, 6:-6]).abs().max() <= 0.1
     # White lines on blue are dark lines on white, whose colours are what is missing of the lines'.
     lined = torch.tensor([0.1, 0.3, 0.6])[:, None, None].expand(1, 3, 128, 128).clone()
     lined[:, :, 40:90, 60:64] = 1.0
+    lined[:, :, :, :3] = 1.0  # what the decoder does to a rim
     shown = on_white(lined)[0]
-    assert shown[:, 0, 0].tolist() == pytest.approx([1.0] * 3) and shown[:, 60, 61].tolist() == pytest.approx([0.1, 0.3, 0.6])
+    assert (shown[:, 0, 0] == 1).all() and (shown[:, 54, 55] - torch.tensor([0.1, 0.3, 0.6])).abs().max() <= 0.1
 
 
 def test_the_style_is_known_on_words_the_scorer_never_saw_at_any_contrast(real):
@@ -58,7 +59,7 @@ def test_the_style_is_known_on_words_the_scorer_never_saw_at_any_contrast(real):
 def test_scorers_of_the_same_seed_are_the_same_and_leave_the_global_random_state_alone(real):
     pixels, before = real.pixels_of(NOTO, HELD_OUT)[:6], torch.get_rng_state()
     effort = WordEffort(steps=3, fits=2)
-    first, second = (WordScorer.fit(views(pixels, 1, seed=4), torch.arange(6), effort, seed=4) for _ in range(2))
+    first, second = (WordScorer.fit([(views(pixels, 1, seed=4), torch.arange(6))], effort, seed=4) for _ in range(2))
     assert torch.equal(first.features(pixels), second.features(pixels))
     one, two = (StyleClassifier.fit({"a": pixels, "b": 1 - pixels}, StyleEffort(steps=3, fits=2), seed=1).is_in("a", pixels)
                 for _ in range(2))
