@@ -37,7 +37,6 @@ from lib_lora_train.run.planning import plan_job
 from lib_lora_train.run.record import RunRecord
 from lib_lora_train.settings import parse
 from lib_lora_train.storage.atomic import write_atomic
-from tools import styles
 from tools.bench import real_images, styled_images
 from tools.bench.joint_scorer import Extent, JointScorer
 from tools.bench.report import grid as table
@@ -46,7 +45,7 @@ from tools.bench.sampler import CFG_SCALE, WITHOUT, Sampler
 from tools.bench.subject import KEPT_BACK, SCENES, Gallery
 from tools.bench.training import Say
 
-TRIGGERS = {"style": "twemoji", "subject": "zorbi"}
+TRIGGERS = {"style": "sticker", "subject": "zorbi"}
 DATA = {"style": STYLE, "subject": SUBJECT}
 SETTINGS: Mapping[str, object] = {
     "resolution": "128", "train_batch_size": 4, "network_dim": 16, "network_alpha": 16.0, "learning_rate": 1e-3,
@@ -227,7 +226,7 @@ class Yardstick:
         if name == "style":
             words = [word for word in scorer.words for _ in range(self._plan.extent.seeds)]
             pixels = sampler.sample([f"{TRIGGERS[name]}, {word}" for word in words], lora)
-            style, word = scorer.right(styles.TWEMOJI.name, pixels, words)
+            style, word = scorer.right(styled_images.STICKER, pixels, words)
             return 100 * float((style & word).float().mean())
         _, captions, pixels = real_images.read_dataset(DATA[name])
         scenes = [f"{TRIGGERS[name]}, {scene}" for scene in (*captions[KEPT_BACK], *SCENES) for _ in range(SCENE_SAMPLES)]
