@@ -1,4 +1,4 @@
-"""`python -m lib_lora_train demo`: a first LoRA in about two minutes, on a small model that comes with the extension.
+"""`python -m lib_lora_train demo`: a first LoRA in a minute or two, on a small model that comes with the extension.
 
 It goes the same road as every run: a checkpoint file, a folder of images, `run_job`, a LoRA file; then it paints with
 and without that file, writes one image that shows both, and serves the page.
@@ -26,7 +26,7 @@ NAME = "sticker-style"
 # No trigger word: a style is wanted in every image.
 SETTINGS: dict[str, Value] = {
     "output_name": NAME, "overwrite": True, "train_data_dir": str(STYLE), "resolution": "128",
-    "max_train_steps": 400, "train_batch_size": 4, "network_dim": 16, "network_alpha": 16.0, "learning_rate": 1e-3}
+    "max_train_steps": 200, "train_batch_size": 4, "network_dim": 16, "network_alpha": 16.0, "learning_rate": 1e-3}
 
 
 def demo_host(folder: Path) -> StandaloneHost:

@@ -13,11 +13,15 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 from lib_lora_train.dataset.images import is_image_name, read_image
 from lib_lora_train.dataset.likeness import BLURRED, NEAR, is_blurred, near_duplicates, sharpness, thumbnail
-from lib_lora_train.demo import STYLE, SUBJECT
+from lib_lora_train.demo import SUBJECT
 from lib_lora_train.errors import Interrupted
+from tools.bench import real_images
 
-PATHS = [path for folder in (STYLE, SUBJECT) for path in sorted(folder.iterdir()) if is_image_name(path)]
-DRAWINGS = [read_image(path) for path in PATHS]
+PATHS = [path for path in sorted(SUBJECT.iterdir()) if is_image_name(path)]
+EMOJI = real_images.load()
+WORDS = sorted(EMOJI.words_of(real_images.STYLE))
+DRAWINGS = [*(real_images.to_image(EMOJI.pixels[real_images.TWEMOJI][EMOJI.words.index(word)]) for word in WORDS),
+            *(read_image(path) for path in PATHS)]
 Change = Callable[[Image.Image], Image.Image]
 
 
@@ -197,7 +201,7 @@ def test_sharpness_does_not_depend_on_contrast_or_on_how_much_there_is_to_see() 
     assert sharpness(few, pixels=256 * 256) == pytest.approx(sharpness(many, pixels=256 * 256), rel=0.1)
 
 
-@pytest.mark.parametrize("image", DRAWINGS, ids=[path.name for path in PATHS])
+@pytest.mark.parametrize("image", DRAWINGS, ids=[*WORDS, *(path.name for path in PATHS)])
 def test_drawings_are_not_blurred_until_they_are(image: Image.Image) -> None:
     values = [sharpness(image.filter(ImageFilter.GaussianBlur(radius)), pixels=256 * 256) for radius in (0, 1, 2, 4)]
     assert values == sorted(values, reverse=True)

@@ -65,10 +65,12 @@ def test_notos_pictures_of_the_gates_words_and_the_unseen_styles_are_never_shown
         if not hasattr(sys.modules[name], "__path__") and "." not in name:
             monkeypatch.delitem(sys.modules, name)
     words = [styles.Emoji("0", label, (), "", ()) for label in (gate_words[0], "pebble")]
-    full, blank = (np.full((64, 64, 4), value, dtype=np.uint8) for value in ((200, 30, 30, 255), (0, 0, 0, 0)))
+    full, blank = np.zeros((2, 64, 64, 4), dtype=np.uint8)
+    full[16:48, 16:48] = 200, 30, 30, 255
     drawn = {style.name: {word.label: blank if style == styles.NOTO else full for word in words} for style in styles.SEEN}
     monkeypatch.setattr(styles, "shared", lambda folder, always: (words, drawn))
-    pixels, captions = training_images.TrainingImages(Path(), lambda shown: shown).batch(400, random.Random(0))
+    images = training_images.TrainingImages(Path(), lambda shown: shown, every_word=True, gate_words=gate_words)
+    pixels, captions = images.batch(400, random.Random(0))
     is_blank = (pixels - pixels[:, :, :1, :1]).abs().amax(dim=(1, 2, 3)) < 1e-3
     blank_of = {word.label: sum(bool(one) for one, said in zip(is_blank, captions, strict=True) if word.label in said)
                 for word in words}

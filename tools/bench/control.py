@@ -42,7 +42,7 @@ KNOWN = (*CHOICES, "learning_rate", "weight_decay", "max_grad_norm", "train_batc
 ADAPTED = r".*\.attentions\.\d+\.(.*\.)?(proj_in|proj_out|to_[qkv]|to_out\.0|net\.0\.proj|net\.2)"
 """What kohya adapts of diffusers' UNet."""
 FINE_TUNING_RATE = 2e-4
-"""Of the whole UNet, whatever the LoRA's is: a weight of the model moves as far in a step as one of a LoRA's, and does more."""
+"""Of the whole UNet, whatever the LoRA's is."""
 TOKENS, PREFIX = 77, "model.diffusion_model."
 
 
