@@ -58,7 +58,7 @@ def test_right_captions_score_higher_than_wrong_ones(emoji):
     right, wrong = (list(check_captions(emoji, items(wrong=wrong), settings=SMALL, seeds=0)) for wrong in (False, True))
     assert [row.score for row in right] == sorted(row.score for row in right)
     assert all(0 <= row.score <= 100 and math.isfinite(row.gain) for row in right + wrong)
-    # Of a hand that the model never saw, so that a single image proves nothing.
+    # In a style that the model never saw, so that a single image proves nothing.
     assert mean_score(right) > 1.5 * mean_score(wrong)
 
 

@@ -18,6 +18,7 @@ from lib_lora_train.model.sd.detection import unet_config
 from lib_lora_train.model.sd.unet import UNet
 from tests.model.small_checkpoints import CONTEXT, HINTS, ldm_unet, randomised, relative_error
 from tools import styles
+from tools.bench import real_images
 
 GRAPH = Path(__file__).resolve().parents[2] / "tools" / "train_tiny_model" / "graph.py"
 
@@ -56,14 +57,27 @@ def test_every_weight_has_ldms_gradient(graph: ModuleType, plain: bool) -> None:
         assert (weights[name].grad - gradient).abs().max() <= 1e-4 * gradient.abs().max() + noise, name
 
 
-def test_notos_pictures_of_the_gates_words_and_the_unseen_styles_are_never_shown(monkeypatch) -> None:
-    """Noto's drawings are blank here: words that may be shown in its style are so now and then, the gate's never."""
+def imported(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module of the tool, which is none of the tests' afterwards."""
     monkeypatch.syspath_prepend(str(GRAPH.parent))
     before = set(sys.modules)
-    training_images, gate_words = importlib.import_module("training_images"), importlib.import_module("images").GATE
-    for name in set(sys.modules) - before:
-        if not hasattr(sys.modules[name], "__path__") and "." not in name:
-            monkeypatch.delitem(sys.modules, name)
+    module = importlib.import_module(name)
+    for other in set(sys.modules) - before:
+        if not hasattr(sys.modules[other], "__path__") and "." not in other:
+            monkeypatch.delitem(sys.modules, other)
+    return module
+
+
+def test_the_words_that_the_model_learns_are_split_as_the_benchmark_splits_them(monkeypatch) -> None:
+    images, real = imported("images", monkeypatch), real_images.load()
+    assert {split: set(real.words_of(split)) for split in ("style", "held_out", "test")} == {
+        "style": set(images.STYLE), "held_out": set(images.HELD_OUT), "test": set(images.TEST)}
+    assert not set(images.GATE) & images.ASKED
+
+
+def test_notos_pictures_of_the_gates_words_and_the_unseen_styles_are_never_shown(monkeypatch) -> None:
+    """Noto's drawings are blank here: words that may be shown in its style are so now and then, the gate's never."""
+    training_images, gate_words = imported("training_images", monkeypatch), imported("images", monkeypatch).GATE
     words = [styles.Emoji("0", label, (), "", ()) for label in (gate_words[0], "pebble")]
     full, blank = np.zeros((2, 64, 64, 4), dtype=np.uint8)
     full[16:48, 16:48] = 200, 30, 30, 255

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import pytest
 import torch
@@ -58,11 +57,11 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def built(host: StandaloneHost, changed: Mapping[str, torch.Tensor] = MappingProxyType({})) -> frozen.FrozenModel:
+def built(host: StandaloneHost, changed: Mapping[str, torch.Tensor] | None = None) -> frozen.FrozenModel:
     """The trainer's model of the checkpoint, with other tensors in the UNet."""
     with host.lease() as leased:
         tensors = {name: tensor.float() for name, tensor in leased.tensors.items()}
-        tensors |= {f"{control.PREFIX}{name}": tensor for name, tensor in changed.items()}
+        tensors |= {f"{control.PREFIX}{name}": tensor for name, tensor in (changed or {}).items()}
         return frozen.build(tensors, hints=leased.hints, tokenizers=leased.tokenizers)
 
 
